@@ -1,0 +1,41 @@
+# Every target sets up what it needs by itself: a virtual environment in .venv with the versions of constraints.txt.
+# An installed torch that should be kept (a CUDA build) is used with: make VENV_FLAGS=--system-site-packages test
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.zimage-installed
+MODEL := demo-output/model
+
+.PHONY: setup demo test check bench gpu clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	test -d $(MODEL) || $(BIN)/python -c "from zimage.testing import build_checkpoint; build_checkpoint('$(MODEL)', size='tiny', variant='turbo')"
+	$(BIN)/zimage generate "a red fox in snow" --model $(MODEL) --size 256 --seed 7 --force --output demo-output/fox.png
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/against_diffusers.py
+	$(BIN)/python benchmarks/cold_start.py
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/against_diffusers.py --device cuda --output benchmarks/results
+
+clean:
+	rm -rf $(VENV) demo-output build dist .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,92 @@
+"""Pictures from Z-Image and Z-Image-Turbo.
+
+    from zimage import ZImagePipeline
+
+    pipe = ZImagePipeline.from_pretrained("turbo")
+    pipe("a red fox in snow", seed=7).images[0].save("fox.png")
+
+Names are imported when they are first used, so that `import zimage` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .errors import (
+        AdapterError,
+        Cancelled,
+        CheckpointError,
+        MissingExtra,
+        NonFiniteError,
+        NotEnoughMemory,
+        RequestError,
+        ZImageError,
+        ZImageWarning,
+    )
+    from .files.png import read_recipe
+    from .files.recipe import Recipe
+    from .output import Replay, Step, ZImageOutput
+    from .pipeline import ZImagePipeline
+    from .request import GenerationRequest, ResolvedRequest
+    from .variants import VARIANTS, Variant
+
+_HOMES = {
+    "AdapterError": "errors",
+    "Cancelled": "errors",
+    "CheckpointError": "errors",
+    "GenerationRequest": "request",
+    "MissingExtra": "errors",
+    "NonFiniteError": "errors",
+    "NotEnoughMemory": "errors",
+    "Recipe": "files.recipe",
+    "Replay": "output",
+    "RequestError": "errors",
+    "ResolvedRequest": "request",
+    "Step": "output",
+    "VARIANTS": "variants",
+    "Variant": "variants",
+    "ZImageError": "errors",
+    "ZImageOutput": "output",
+    "ZImagePipeline": "pipeline",
+    "ZImageWarning": "errors",
+    "read_recipe": "files.png",
+}
+
+__all__ = [
+    "VARIANTS",
+    "AdapterError",
+    "Cancelled",
+    "CheckpointError",
+    "GenerationRequest",
+    "MissingExtra",
+    "NonFiniteError",
+    "NotEnoughMemory",
+    "Recipe",
+    "Replay",
+    "RequestError",
+    "ResolvedRequest",
+    "Step",
+    "Variant",
+    "ZImageError",
+    "ZImageOutput",
+    "ZImagePipeline",
+    "ZImageWarning",
+    "__version__",
+    "read_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zimage' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

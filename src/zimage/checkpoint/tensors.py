@@ -1,0 +1,94 @@
+"""Reads the values of tensors from safetensors files into a module, in the wanted type and on the wanted device.
+
+Bytes are read, not mapped: each tensor gets memory of its own, aligned and private, no file stays open, and a file that
+shrinks meanwhile is an error rather than a crash. Beyond the weights themselves one buffer of `CHUNK` bytes is held, so
+float32 files become a bfloat16 model in the memory of the latter. Every value is checked for being finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .headers import Entry, Header
+from .reading import open_regular, reason, shown
+from .shards import Weights
+
+CHUNK = 32 << 20
+"""Bytes that are read at a time."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def fill(
+    module: nn.Module, weights: Weights, targets: Mapping[str, str], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give `module` its parameters: `targets` maps the names of tensors in the files to those in the module."""
+    staging = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for header in weights.headers:
+        wanted = [(name, entry) for name, entry in header.entries.items() if name in targets]
+        with open_regular(header.path) as file:
+            for name, entry in sorted(wanted, key=lambda item: item[1].start):
+                tensor = _read(file, header, name, entry, staging, dtype=dtype, device=device)
+                owner, _, leaf = targets[name].rpartition(".")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    for buffer_name, buffer in list(module.named_buffers()):
+        owner, _, leaf = buffer_name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, buffer.to(device))
+
+
+def _read(
+    file: BinaryIO,
+    header: Header,
+    name: str,
+    entry: Entry,
+    staging: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    source = _DTYPES[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat = tensor.view(-1)
+    in_place = source == dtype and device.type == "cpu"
+    buffer = flat if in_place else staging.view(source)
+    step = CHUNK // source.itemsize
+    for begin in range(0, len(flat), step):
+        part = flat[begin : begin + step]
+        raw = buffer[begin : begin + step] if in_place else buffer[: len(part)]
+        _read_into(file, header, entry.start + begin * source.itemsize, raw)
+        if not in_place:
+            part.copy_(raw.to(device) if device.type == "cuda" else raw)
+        _require_finite(part, raw, header, name)
+    return tensor
+
+
+def _read_into(file: BinaryIO, header: Header, position: int, raw: Tensor) -> None:
+    view = memoryview(raw.view(torch.uint8).numpy())
+    try:
+        file.seek(position)
+        while len(view):
+            count = file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{header.path} became shorter while it was read; load again when it is whole")
+            view = view[count:]
+    except OSError as error:
+        raise CheckpointError(f"{header.path} cannot be read: {reason(error)}") from error
+
+
+def _require_finite(part: Tensor, raw: Tensor, header: Header, name: str) -> None:
+    # The sum of values is finite only if all are; where it is not, it may yet have overflowed by itself.
+    if math.isfinite(float(part.sum(dtype=torch.float32))) or bool(torch.isfinite(part).all()):
+        return
+    where = f"{header.path}: the tensor {shown(name)}"
+    if bool(torch.isfinite(raw).all()):
+        largest, target = float(raw.double().abs().max()), str(part.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where} has values up to {largest:g}, beyond the range of {target}; load with dtype='bfloat16' or 'float32'"
+        )
+    raise CheckpointError(f"{where} has values that are NaN or infinite; the file is damaged: download or copy it again")

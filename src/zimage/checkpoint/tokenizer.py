@@ -1,0 +1,182 @@
+"""Qwen's tokenizer from files that nobody vouches for.
+
+Every file is read and checked here, then a private copy with the known settings alone is given to transformers: what else
+lies in the folder, and what else the files ask for, is never seen by it. A chat template is looked at and never
+rendered; zimage writes Qwen's one user turn itself. Knows no models and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+from ..errors import CheckpointError
+from .fields import Field, exactly, flag, read_config, refuse
+from .reading import MAX_CONFIG, RESTORE, exists, read_json, read_text, reason, shown
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+CONFIG, TOKENIZER, VOCABULARY, MERGES = "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"
+TEMPLATE = "chat_template.jinja"
+FILES = (CONFIG, TOKENIZER, VOCABULARY, MERGES, "added_tokens.json", "special_tokens_map.json", TEMPLATE)
+"""All files of a tokenizer that are read."""
+
+_LIMITS = {TOKENIZER: 64 << 20, VOCABULARY: 32 << 20, MERGES: 32 << 20, TEMPLATE: 256 << 10}
+_PROBE = f"{START}user\na red fox, 红狐狸{END}\n{START}assistant\n"
+
+_TOKEN = Field(lambda value: value is None or isinstance(value, str | dict), "a token or null", None)
+_TOKENS = Field(lambda value: value is None or isinstance(value, list | dict), "a list of tokens", None)
+_SETTINGS: dict[str, Field] = {
+    "tokenizer_class": exactly("Qwen2Tokenizer", "Qwen2TokenizerFast", default="Qwen2Tokenizer"),
+    "add_bos_token": exactly(False, None, default=False),
+    "add_eos_token": exactly(False, None, default=False),
+    "add_prefix_space": exactly(False, None, default=False),
+    "added_tokens_decoder": Field(lambda value: isinstance(value, dict), "an object", None),
+    "additional_special_tokens": _TOKENS,
+    "extra_special_tokens": _TOKENS,
+    "bos_token": _TOKEN,
+    "eos_token": _TOKEN,
+    "pad_token": _TOKEN,
+    "unk_token": _TOKEN,
+    "clean_up_tokenization_spaces": flag(False),
+    "model_max_length": Field(lambda value: type(value) in (int, float) and value > 0, "a positive number", 131072),
+    "split_special_tokens": exactly(False, default=False),
+}
+_REFUSED_NODES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+
+
+def load_tokenizer(folder: Path, vocabulary_size: int) -> Qwen2Tokenizer:
+    """The tokenizer in `folder`, which must fit an embedding of `vocabulary_size` tokens."""
+    files = _read_files(folder)
+    try:
+        tokenizer = _build(folder, files)
+        problem = _problem(tokenizer, vocabulary_size)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise CheckpointError(f"{folder}: the tokenizer cannot be built: {reason(error)}; {_again(folder)}") from error
+    if problem:
+        raise CheckpointError(f"{folder}: {problem}; {_again(folder)}")
+    return tokenizer
+
+
+def _read_files(folder: Path) -> dict[str, str]:
+    """The text of every file, checked; the config with its known settings only."""
+    if not exists(folder / TOKENIZER) and not (exists(folder / VOCABULARY) and exists(folder / MERGES)):
+        raise CheckpointError(f"{folder} should have {TOKENIZER}, or {VOCABULARY} and {MERGES}; {_again(folder)}")
+    config = read_config(folder / CONFIG)
+    template = config.get("chat_template")
+    settings = _settings(folder / CONFIG, config)
+    for text in _templates(folder / CONFIG, template):
+        check_template(folder / CONFIG, text)
+    files = {CONFIG: json.dumps(settings | ({"chat_template": template} if template else {}))}
+    for name in FILES:
+        if name == CONFIG or not exists(folder / name):
+            continue
+        limit = _LIMITS.get(name, MAX_CONFIG)
+        if name.endswith(".json"):
+            files[name] = json.dumps(read_json(folder / name, limit))
+        else:
+            files[name] = read_text(folder / name, limit)
+    if TEMPLATE in files:
+        check_template(folder / TEMPLATE, files[TEMPLATE])
+    return files
+
+
+def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in config.items() if key in _SETTINGS}
+    refuse(
+        path,
+        [
+            f"{key} must be {_SETTINGS[key].wanted}, got {shown(value)}"
+            for key, value in known.items()
+            if not _SETTINGS[key].accepts(value)
+        ],
+    )
+    return known
+
+
+def _templates(path: Path, template: Any) -> list[str]:
+    """The chat templates in a config: one text, or a list of named ones."""
+    if template is None:
+        return []
+    found = template if isinstance(template, list) else [{"template": template}]
+    texts = [item.get("template") if isinstance(item, dict) else None for item in found]
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: chat_template must be text or a list of named texts, got {shown(template)}")
+    return [text for text in texts if isinstance(text, str)]
+
+
+def check_template(path: Path, text: str) -> None:
+    """Refuse a chat template that is none, or reaches for more than its messages. It is parsed and never rendered."""
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701
+        problem = next(_template_problems(tree), None)
+    except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path}: the chat template cannot be parsed: {reason(error)}; {RESTORE}") from error
+    if problem is None and (START not in text or END not in text):
+        problem = f"has no {START} and {END}"
+    if problem:
+        raise CheckpointError(f"{path}: the chat template {problem}, which Qwen's does not; {RESTORE}")
+
+
+def _template_problems(tree: nodes.Template) -> Iterator[str]:
+    for node in tree.find_all(nodes.Node):
+        if isinstance(node, _REFUSED_NODES):
+            yield f"has a statement {type(node).__name__.lower()}"
+        elif isinstance(node, nodes.Getattr | nodes.NSRef) and node.attr.startswith("_"):
+            yield f"reads the private attribute {shown(node.attr)}"
+        elif isinstance(node, nodes.Name) and node.name.startswith("_"):
+            yield f"reads the private name {shown(node.name)}"
+        elif isinstance(node, nodes.Getitem) and _is_private(node.arg):
+            yield "reads a private item"
+        elif isinstance(node, nodes.Const) and isinstance(node.value, str) and node.value.startswith("__"):
+            yield f"has the private name {shown(node.value)}"
+        elif isinstance(node, nodes.Filter) and node.name in ("attr", "map", "selectattr", "rejectattr", "groupby"):
+            private = node.name == "attr" or any(_is_private(argument) for argument in node.args)
+            if private:
+                yield f"uses the filter {node.name} on private attributes"
+
+
+def _is_private(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Const) and isinstance(node.value, str) and node.value.startswith("_")
+
+
+def _build(folder: Path, files: dict[str, str]) -> Qwen2Tokenizer:
+    with tempfile.TemporaryDirectory(prefix="zimage-tokenizer-") as private:
+        for name, text in files.items():
+            Path(private, name).write_text(text, encoding="utf-8", newline="")
+        tokenizer = Qwen2Tokenizer.from_pretrained(private, local_files_only=True)
+    tokenizer.name_or_path = str(folder)
+    tokenizer.init_kwargs["name_or_path"] = str(folder)
+    # Settings of somebody's last call can be stored in tokenizer.json; prompts are neither cut nor filled here.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _problem(tokenizer: Qwen2Tokenizer, vocabulary_size: int) -> str | None:
+    """What is wrong with a tokenizer that could be built, found by using it."""
+    vocabulary = tokenizer.get_vocab()
+    highest = max(len(tokenizer) - 1, max(vocabulary.values(), default=0))
+    if highest >= vocabulary_size:
+        return f"the tokenizer has ids up to {highest} and the text encoder's embedding {vocabulary_size} tokens"
+    lost = [token for token in (START, END) if token not in vocabulary]
+    if lost:
+        return f"the tokenizer has no token {lost[0]}"
+    ids = tokenizer(_PROBE)["input_ids"]
+    marks = [ids[:1] == [vocabulary[START]], ids.count(vocabulary[START]) == 2, ids.count(vocabulary[END]) == 1]
+    if not all(marks) or tokenizer.decode(ids, clean_up_tokenization_spaces=False) != _PROBE:
+        return "the tokenizer does not give back a plain user turn that it encoded"
+    return None
+
+
+def _again(folder: Path) -> str:
+    return f"download or copy {folder.name} again"

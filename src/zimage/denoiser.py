@@ -1,0 +1,129 @@
+"""From a resolved request and caption features to denoising steps: where transformer, guidance and sampler meet.
+
+`Preparation` holds what the pictures of one call share, so that nothing is computed twice; `denoising_steps` drives a
+sampler and sees to it that every step is finite. Knows nothing of prompts' texts, pixels, files or threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from .models.precision import Float32Math, is_finite, non_finite
+from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
+from .request import ResolvedRequest
+from .sampling.guidance import guide, is_guided
+from .sampling.samplers import SAMPLERS, Steps, Velocity
+from .sampling.schedule import model_timesteps, shifted_sigmas
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Caption features (tokens, features) of a picture; `negative` is `None` without guidance."""
+
+    positive: Tensor
+    negative: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """One noise level: the model's time `1 − sigma` and what it does to every block."""
+
+    time: float
+    modulation: Modulation
+
+
+@dataclass
+class Preparation:
+    """What pictures share: refined captions by features, positions by size, noise levels by schedule. Lives for a call."""
+
+    transformer: ZImageTransformer
+    captions: dict[int, tuple[Tensor, Caption]] = field(default_factory=dict)
+    grids: dict[tuple[int, int, int], ImageGrid] = field(default_factory=dict)
+    levels: dict[tuple[float, ...], dict[float, NoiseLevel]] = field(default_factory=dict)
+
+    def caption(self, features: Tensor) -> Caption:
+        if id(features) not in self.captions:
+            self.captions[id(features)] = features, self.transformer.encode_caption(features)
+        return self.captions[id(features)][1]
+
+    def grid(self, latents: Tensor, caption: Caption) -> ImageGrid:
+        key = (latents.shape[2], latents.shape[3], caption.length)
+        if key not in self.grids:
+            self.grids[key] = self.transformer.grid(*key)
+        return self.grids[key]
+
+    def noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
+        """By sigma, for every noise level but the final 0."""
+        key = tuple(sigmas.tolist())
+        if key not in self.levels:
+            times = model_timesteps(sigmas[:-1])
+            modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
+            self.levels[key] = {
+                sigma: NoiseLevel(time, modulation)
+                for sigma, time, modulation in zip(key, times.tolist(), modulations, strict=False)
+            }
+        return self.levels[key]
+
+
+def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
+    """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32."""
+    transformer = preparation.transformer
+    levels = preparation.noise_levels(schedule(request))
+    positive = preparation.caption(conditioning.positive)
+    negative = None if conditioning.negative is None else preparation.caption(conditioning.negative)
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        level = levels[sigma]
+        grid = preparation.grid(latents, positive)
+        refined = transformer.refine(latents, grid, level.modulation)
+        prediction = transformer.denoise(latents, positive, grid, level.modulation, refined)
+        if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
+            return -prediction.float()
+        other_grid = preparation.grid(latents, negative)
+        shared = refined if other_grid is grid else None
+        other = transformer.denoise(latents, negative, other_grid, level.modulation, shared)
+        return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
+
+    return velocity
+
+
+def schedule(request: ResolvedRequest) -> Tensor:
+    """The noise levels (steps + 1,) of a request, float32 on the CPU."""
+    return shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
+
+
+def denoising_steps(
+    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, latents: Tensor, *, start: int = 0
+) -> Steps:
+    """Drive the request's sampler from step `start`; latents sent in replace the current ones.
+
+    A step that is not finite is taken again, with everything since the caption features in float32, and so are the
+    steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step.
+    """
+    sigmas = schedule(request).tolist()
+    sampler = SAMPLERS[request.sampler]
+    run = sampler(make_velocity(preparation, request, conditioning), latents, sigmas[start:])
+    safe, replaced = False, None
+    for index in range(start, len(sigmas) - 1):
+        step = run.send(replaced)
+        if not is_finite(step.latents) and not safe:
+            safe = True
+            run = sampler(_float32_velocity(preparation, request, conditioning), latents, sigmas[index:])
+            step = next(run)
+        if not is_finite(step.latents):
+            raise non_finite(f"denoising step {index + 1} of {len(sigmas) - 1} (sigma {step.sigma:.3f})")
+        replaced = yield replace(step, index=index)
+        latents = step.latents if replaced is None else replaced
+
+
+def _float32_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
+    with Float32Math():
+        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning)
+
+    def widened(latents: Tensor, sigma: float) -> Tensor:
+        with Float32Math():
+            return velocity(latents, sigma)
+
+    return widened

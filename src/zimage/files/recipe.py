@@ -1,0 +1,243 @@
+"""The recipe of a picture: all that is needed to make it again, as data, as JSON, and as others' parameter line.
+
+Reads recipes that came from anywhere: whatever a text holds, the outcome is a valid `Recipe` or a `RequestError`.
+Knows nothing of files or of loaded models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import RequestError
+from ..request import ResolvedRequest
+from ..rules import shown
+from ..variants import get_variant
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = 1
+"""Version of the JSON; counted up whenever a reader of the previous one would misread it."""
+MAX_CHARACTERS = 2**20
+"""Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
+MODEL_KEYS = ("source", "revision", "variant", "fingerprint")
+TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
+_PARTS = ("format", "request", "given", "model", "runtime", "pixels")
+_MAX_TEXT, _MAX_ENTRIES = 4096, 64
+_MAX_SHIFT = 1000.0
+_SAMPLER_TITLES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one picture was made from, with what, and a digest of its pixels to tell whether it came out the same.
+
+    Args:
+        request: the request, resolved. Tensors in it are not kept: their names go to `given`.
+        model: `source` (hub id, folder or file), `revision`, `variant` and `fingerprint` of the weights; "" is unknown.
+        runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
+        pixels: `pixel_digest` of the picture.
+        given: names of tensors that the request had in place of texts or noise.
+    """
+
+    request: ResolvedRequest
+    model: Mapping[str, str]
+    runtime: Mapping[str, str]
+    pixels: str
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
+        for name, value in {
+            "request": replace(self.request, tensors={}),
+            "model": _texts("model", self.model),
+            "runtime": _texts("runtime", self.runtime),
+            "given": given,
+        }.items():
+            object.__setattr__(self, name, value)
+        _exact_keys("model", self.model, MODEL_KEYS)
+        if self.model["variant"] not in ("", self.request.variant):
+            raise RequestError(f"the recipe is for {self.request.variant}, but its model is {self.model['variant']}")
+        if not isinstance(self.pixels, str) or len(self.pixels) != 64 or set(self.pixels) - set("0123456789abcdef"):
+            raise RequestError(f"the recipe's pixels must be 64 hexadecimal digits, got {shown(self.pixels)}")
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the recipe alone is enough: no tensors were given that it does not contain."""
+        return not self.given
+
+    def to_json(self) -> str:
+        """The recipe as one line of JSON, which `from_json` reads back to an equal recipe."""
+        request = {name: getattr(self.request, name) for name in _request_types()}
+        contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
+        document = dict(zip(_PARTS, contents, strict=True))
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+        return text if _is_unicode(text) else json.dumps(document, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read a recipe that may come from anyone; raises `RequestError`, and nothing else, if it is not valid."""
+        document = _parse(text)
+        version = document.get("format")
+        if type(version) is not int or version < 1:
+            raise RequestError("this is not a zimage recipe: it has no format number")
+        if version != FORMAT:
+            raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
+        _exact_keys("recipe", document, _PARTS)
+        given = document["given"]
+        if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
+            raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
+        try:
+            request = _read_request(document["request"])
+            return cls(request, document["model"], document["runtime"], document["pixels"], tuple(given))
+        except RequestError as error:
+            raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
+
+
+def pixel_digest(image: Image) -> str:
+    """SHA-256, in hex, of an image's size and its RGB bytes: equal where and only where the pictures are."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
+    digest.update(rgb.tobytes())
+    return digest.hexdigest()
+
+
+def differences(recipe: Recipe, other_model: Mapping[str, str], other_runtime: Mapping[str, str]) -> list[str]:
+    """What differs between a recipe's model and runtime and others, in plain sentences; what is unknown does not.
+
+    Weights with equal fingerprints are the same wherever they lie, so then source and revision are not compared.
+    """
+    sentences = []
+    fingerprint = recipe.model["fingerprint"]
+    same_weights = bool(fingerprint) and fingerprint == other_model.get("fingerprint")
+    for key in MODEL_KEYS:
+        was, now = recipe.model[key], other_model.get(key, "")
+        if was and now and was != now and not (same_weights and key in ("source", "revision")):
+            sentences.append(f"model {key} was {_printable(was)}, here it is {_printable(now)}")
+    for key, was in recipe.runtime.items():
+        now = other_runtime.get(key, "")
+        if was and was != now:
+            sentences.append(f"{_printable(key)} was {_printable(was)}, here it is {_printable(now) or 'unknown'}")
+    return sentences
+
+
+def parameters_text(recipe: Recipe) -> str:
+    """The recipe in the text format of AUTOMATIC1111's web UI, which Civitai and most viewers read.
+
+    Their "CFG scale" c is in `neg + c·(pos - neg)`, so c is the guidance scale here plus 1. Lines are what the format
+    is read by, so each prompt is put on one.
+    """
+    request = recipe.request
+    values = {
+        "Steps": request.num_inference_steps,
+        "Sampler": _SAMPLER_TITLES.get(request.sampler, request.sampler),
+        "CFG scale": f"{request.guidance_scale + 1:g}",
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": _one_line(PurePath(recipe.model["source"]).name or get_variant(request.variant).title),
+        "Version": f"zimage {_one_line(recipe.runtime.get('zimage', ''))}".strip(),
+    }
+    lines = [_one_line(request.prompt)]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {_one_line(request.negative_prompt)}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise RequestError(f"a recipe must be a text, got {shown(text)}")
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"the recipe is {len(text)} characters long; at most {MAX_CHARACTERS} are read")
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        document = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the recipe is not valid JSON: {reason}") from None
+    if not isinstance(document, dict):
+        raise RequestError(f"a recipe must be a JSON object, got {shown(document)}")
+    return document
+
+
+def _request_types() -> dict[str, str]:
+    """The fields of a request that a recipe holds, each with its annotation."""
+    return {field.name: str(field.type) for field in fields(ResolvedRequest) if field.name != "tensors"}
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "tuple[float, ...]": (list,),
+}
+
+
+def _read_request(document: Any) -> ResolvedRequest:
+    """The request in a recipe's JSON, put through every rule that a user's request goes through."""
+    types = _request_types()
+    _exact_keys("request", document, tuple(types))
+    for name, value in document.items():
+        if type(value) not in _JSON_TYPES[types[name]]:
+            raise RequestError(f"{name} is of the wrong type: {shown(value)}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise RequestError(f"{name} has characters that are not Unicode")
+    shift = document["shift"]
+    if not 0 < shift <= _MAX_SHIFT:
+        raise RequestError(f"shift must be a number above 0 and up to {_MAX_SHIFT:g}, got {shown(shift)}")
+    request = ResolvedRequest(**{**document, "shift": float(shift)})
+    return request.resolve(get_variant(request.variant), shift=request.shift)
+
+
+def _exact_keys(name: str, document: Any, expected: tuple[str, ...]) -> None:
+    if not isinstance(document, Mapping):
+        raise RequestError(f"{name} must be an object, got {shown(document)}")
+    missing = [key for key in expected if key not in document]
+    unknown = [key for key in document if key not in expected]
+    for problem, keys in (("lacks", missing), ("has unknown entries", unknown)):
+        if keys:
+            raise RequestError(f"{name} {problem}: {_printable(', '.join(map(str, keys)))[:200]}")
+
+
+def _texts(name: str, values: Any) -> dict[str, str]:
+    """A plain copy of a mapping of texts to texts, of a sane size."""
+    if not isinstance(values, Mapping) or len(values) > _MAX_ENTRIES:
+        raise RequestError(f"{name} must be an object of at most {_MAX_ENTRIES} texts, got {shown(values)}")
+    for text in (*values.keys(), *values.values()):
+        if not isinstance(text, str) or len(text) > _MAX_TEXT:
+            raise RequestError(f"{name} must hold texts of at most {_MAX_TEXT} characters, got {shown(text)}")
+    return dict(values)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """The text, or its escaped form where it would steer a terminal."""
+    return text if text.isprintable() else repr(text)
+
+
+def _one_line(text: str) -> str:
+    """The text with every run of white space, control characters and broken surrogates made one space."""
+    kept = "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
+    return " ".join(kept.split())
+
+
+def _quoted(value: str) -> str:
+    """A value as the format has it: quoted where it holds what separates values."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value

@@ -1,0 +1,25 @@
+"""Rotary position embedding over three axes (caption or image index, row, column). Pure functions; no state.
+
+RoFormer, arXiv 2104.09864; the split into axes and theta 256 are Z-Image's (diffusers, transformer_z_image.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def axis_rotations(positions: Tensor, size: int, theta: float) -> Tensor:
+    """Rotations (positions, size / 2), complex64 on the CPU, of integer `positions` along an axis of `size` channels.
+
+    Angles are formed in float64, as in the reference: float32 would lose 1e-5 at position 1500.
+    """
+    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size))
+    angles = torch.outer(positions.double(), frequencies).float()
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring channels of `heads` (B, N, heads, head_dim) by `rotations` (B or 1, N, head_dim / 2)."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))  # (B, N, heads, head_dim / 2)
+    return torch.view_as_real(pairs * rotations.unsqueeze(2)).flatten(3).type_as(heads)

@@ -1,0 +1,119 @@
+"""Prompts to caption features with Qwen3, without padding and without the layer that nobody reads.
+
+The features are the hidden states before the last layer, so that layer and the final norm are not there. The model is
+causal: a prompt encoded alone and unpadded gives what padding to 512 and a mask would. Features are cached by their
+tokens, a bounded number of prompts. Knows nothing of images or of guidance.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .precision import finite
+
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+"""What Qwen3's chat template gives for one user turn with a generation prompt and thinking enabled."""
+
+CACHED_PROMPTS = 64
+"""Each is at most 512 tokens of 2560 numbers: 2.6 MB in bfloat16."""
+
+_PROMPT_START = TEMPLATE.index("{prompt}")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A templated prompt as token ids: those that are kept, how many there were, and the text of the prompt that is cut."""
+
+    ids: tuple[int, ...]
+    total: int
+    cut: str = ""
+
+
+class TextEncoder:
+    """Owns the language model, its tokenizer and the cache of features."""
+
+    def __init__(self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`model` as `without_last_layer` returns it."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
+        """The ids of the templated prompt, cut on the right at `max_sequence_length`."""
+        text = TEMPLATE.replace("{prompt}", prompt)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
+        ids = encoded["input_ids"]
+        if len(ids) <= max_sequence_length:
+            return Tokens(tuple(ids), len(ids))
+        cut_at = encoded["offset_mapping"][max_sequence_length][0]
+        return Tokens(tuple(ids[:max_sequence_length]), len(ids), text[cut_at : _PROMPT_START + len(prompt)])
+
+    @torch.no_grad()
+    def encode(self, tokens: Tokens) -> Tensor:
+        """Caption features (tokens, hidden size) of one prompt, on the model's device and in its type, from the cache
+        if they are there. Raises `NonFiniteError` if they are not finite in float32 either."""
+        with self._guard:
+            known = self._features.get(tokens.ids)
+            if known is not None:
+                self._features.move_to_end(tokens.ids)
+                return known
+        features = finite(lambda: self._hidden_states(tokens.ids), "the text encoder")
+        with self._guard:
+            self._features[tokens.ids] = features
+            while len(self._features) > CACHED_PROMPTS:
+                self._features.popitem(last=False)
+        return features
+
+    def forget(self) -> None:
+        """Empty the cache, after a change of weights, type or device."""
+        with self._guard:
+            self._features.clear()
+
+    def _hidden_states(self, ids: tuple[int, ...]) -> Tensor:
+        batch = torch.tensor([ids], device=self.model.device)  # (1, tokens)
+        return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def without_last_layer(model: nn.Module | Any) -> Qwen3Model:
+    """A Qwen3 model, or the one inside a causal LM, less its last layer and final norm; the weights are shared.
+
+    A model that this function gave is returned as it is.
+    """
+    inner = getattr(model, "model", model)
+    if isinstance(inner.norm, nn.Identity) and not isinstance(inner.layers[-1], _Missing):
+        return inner  # type: ignore[no-any-return]
+    return _with_layers(inner, list(inner.layers)[:-1], nn.Identity())
+
+
+def with_last_layer(model: Qwen3Model) -> Qwen3Model:
+    """The inverse for code that reads `hidden_states[-2]`, as diffusers does: the missing layer does nothing."""
+    return _with_layers(model, [*model.layers, _Missing(model.config.num_hidden_layers)], nn.Identity())
+
+
+class _Missing(nn.Module):
+    """Stands where the last layer was; records of hidden states end before it either way."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def _with_layers(model: Qwen3Model, layers: list[nn.Module], norm: nn.Module) -> Qwen3Model:
+    shared = copy.copy(model)
+    shared.config = copy.deepcopy(model.config)
+    shared.config.num_hidden_layers = len(layers)
+    shared._modules = {**model._modules, "layers": nn.ModuleList(layers), "norm": norm}
+    return shared

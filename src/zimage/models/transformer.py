@@ -1,0 +1,240 @@
+"""The diffusion transformer of both variants, arranged so that nothing is computed twice in a picture.
+
+`ZImageTransformer` has diffusers' parameters, loading and `forward`, and adds the way zimage runs it: the caption is
+refined once per prompt (`encode_caption`), positions once per size (`grid`), modulations once per schedule
+(`modulations`), and `denoise` works on dense latents without masks or lists. Every submodule that holds weights is
+called as a module, so adapters and quantised layers take effect. Knows nothing of prompts, guidance or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from torch import Tensor, nn
+
+from .precision import overflow_scale, residual_dtype
+from .rope import axis_rotations, rotate
+
+PATCH = 2
+"""Latent pixels per side of an image token."""
+TOKEN_MULTIPLE = 32
+"""Image tokens and caption tokens are each filled up to a multiple of this with a learned pad token, which is attended."""
+
+BlockModulation = tuple[Tensor, Tensor, Tensor, Tensor]
+"""attention scale, attention gate, feed-forward scale, feed-forward gate; each (B, 1, dim)."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A prompt as the image tokens see it: `tokens` (B, length, dim), length a multiple of 32."""
+
+    tokens: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Where the tokens of one image size sit beside a caption of `caption_length` tokens.
+
+    `rotations` is (1, image tokens + pads + caption_length, head_dim / 2), complex.
+    """
+
+    rows: int
+    columns: int
+    caption_length: int
+    rotations: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def padded(self) -> int:
+        return _padded(self.tokens)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What one noise level does to every block: by block in the order noise refiner, layers; and the final scale."""
+
+    blocks: tuple[BlockModulation, ...]
+    final: Tensor  # (B, 1, dim)
+
+
+class ZImageTransformer(ZImageTransformer2DModel):  # type: ignore[misc]
+    """diffusers' transformer with the same weights and `forward`, and a faster way to run it (see the module)."""
+
+    @classmethod
+    def share(cls, transformer: ZImageTransformer2DModel) -> ZImageTransformer:
+        """The same modules and weights, adapters included, as a `ZImageTransformer`; nothing is copied."""
+        if isinstance(transformer, cls):
+            return transformer
+        shared = cls.__new__(cls)
+        shared.__dict__.update(transformer.__dict__)
+        return shared
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that blocks compute in: that of the norms, which no quantisation touches."""
+        return self.cap_embedder[0].weight.dtype  # type: ignore[no-any-return]
+
+    def encode_caption(self, features: Tensor) -> Caption:
+        """Refine caption features (tokens, cap_feat_dim) into a `Caption` of batch 1."""
+        length = features.shape[0]
+        fill = _padded(length) - length
+        features = features.to(self.compute_dtype)
+        tokens = self.cap_embedder(torch.cat([features, features[-1:].expand(fill, -1)]))  # (padded, dim)
+        if fill:
+            tokens = torch.cat([tokens[:length], self.cap_pad_token.to(tokens.dtype).expand(fill, -1)])
+        tokens = tokens[None].to(residual_dtype(self.compute_dtype))  # (1, padded, dim)
+        rotations = self._caption_rotations(length + fill, tokens.device)[None]
+        for block in self.context_refiner:
+            tokens = self._run_block(block, tokens, rotations, None)
+        return Caption(tokens)
+
+    def grid(self, latent_height: int, latent_width: int, caption_length: int) -> ImageGrid:
+        """Positions of the tokens of a latent image (height and width in latent pixels) beside a caption."""
+        rows, columns = latent_height // PATCH, latent_width // PATCH
+        device = self.x_pad_token.device
+        axes = [
+            axis_rotations(torch.arange(start, start + count), size, self.rope_theta)
+            for start, count, size in zip((caption_length + 1, 0, 0), (1, rows, columns), self.axes_dims, strict=True)
+        ]
+        image = torch.cat(
+            [
+                axes[0][:, None].expand(rows, columns, -1),
+                axes[1][:, None].expand(rows, columns, -1),
+                axes[2][None].expand(rows, columns, -1),
+            ],
+            dim=-1,
+        ).flatten(0, 1)  # (tokens, head_dim / 2)
+        pads = torch.ones(_padded(len(image)) - len(image), image.shape[1], dtype=image.dtype)  # position (0, 0, 0)
+        rotations = torch.cat([image, pads]).to(device)
+        rotations = torch.cat([rotations, self._caption_rotations(caption_length, device)])[None]
+        return ImageGrid(rows=rows, columns=columns, caption_length=caption_length, rotations=rotations)
+
+    def modulations(self, timesteps: Tensor) -> tuple[Modulation, ...]:
+        """One `Modulation` for each row of `timesteps` (steps,) or (steps, B): model times `1 − sigma` in [0, 1].
+
+        Rows are computed one by one, so that a noise level gives the same bits in any schedule.
+        """
+        return tuple(self._modulation(row.reshape(-1)) for row in timesteps)
+
+    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
+        """Latents (B, C, H, W) to refined image tokens (B, padded, dim): the part that no caption enters.
+
+        Two captions of the same padded length share it bit for bit.
+        """
+        batch, channels = latents.shape[:2]
+        patches = latents.to(self.compute_dtype).reshape(batch, channels, grid.rows, PATCH, grid.columns, PATCH)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, tokens, PATCH * PATCH * C)
+        tokens = self.all_x_embedder[_PATCH_KEY](patches)  # (B, tokens, dim)
+        if grid.padded > grid.tokens:
+            pads = self.x_pad_token.to(tokens.dtype).expand(batch, grid.padded - grid.tokens, -1)
+            tokens = torch.cat([tokens, pads], dim=1)  # (B, padded, dim)
+        tokens = tokens.to(residual_dtype(self.compute_dtype))
+        rotations = grid.rotations[:, : grid.padded]
+        for block, block_modulation in zip(self.noise_refiner, modulation.blocks, strict=False):
+            tokens = self._run_block(block, tokens, rotations, block_modulation)
+        return tokens
+
+    def denoise(
+        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
+    ) -> Tensor:
+        """The flow's velocity from noise to image at the latents (B, C, H, W), in the compute type.
+
+        `caption` has batch B or 1 and the length that `grid` was made for; `refined` is `refine`'s result, where
+        it is at hand already. The sign is the model's own: the Euler step takes it negated.
+        """
+        image = self.refine(latents, grid, modulation) if refined is None else refined
+        words = caption.tokens.expand(len(image), -1, -1)
+        tokens = torch.cat([image, words], dim=1)  # (B, padded + caption length, dim)
+        for block, block_modulation in zip(self.layers, modulation.blocks[len(self.noise_refiner) :], strict=True):
+            tokens = self._run_block(block, tokens, grid.rotations, block_modulation)
+        final = self.all_final_layer[_PATCH_KEY]
+        patches = final.norm_final(tokens[:, : grid.tokens]) * modulation.final
+        patches = final.linear(patches.to(self.compute_dtype))  # (B, tokens, PATCH * PATCH * C)
+        patches = patches.unflatten(1, (grid.rows, grid.columns)).unflatten(3, (PATCH, PATCH, -1))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+    def _modulation(self, timestep: Tensor) -> Modulation:
+        embedding = self.t_embedder(timestep * self.t_scale).to(self.compute_dtype)  # (B, width)
+        blocks = []
+        for block in chain(self.noise_refiner, self.layers):
+            parts = block.adaLN_modulation(embedding).unsqueeze(1).chunk(4, dim=2)  # 4 × (B, 1, dim)
+            blocks.append((1.0 + parts[0], parts[1].tanh(), 1.0 + parts[2], parts[3].tanh()))
+        final = 1.0 + self.all_final_layer[_PATCH_KEY].adaLN_modulation(embedding)
+        return Modulation(tuple(blocks), final.unsqueeze(1))
+
+    def _caption_rotations(self, length: int, device: torch.device) -> Tensor:
+        positions = torch.arange(1, length + 1)
+        first = axis_rotations(positions, self.axes_dims[0], self.rope_theta)  # (length, axis / 2)
+        rest = torch.ones(length, sum(self.axes_dims[1:]) // 2, dtype=first.dtype)
+        return torch.cat([first, rest], dim=1).to(device)
+
+    def _run_block(
+        self, block: nn.Module | Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None
+    ) -> Tensor:
+        scale = overflow_scale(self.compute_dtype)
+        hidden = block.attention_norm1(tokens)
+        if modulation is None:
+            update = _attention(block.attention, hidden, rotations, scale)
+            tokens = tokens + block.attention_norm2(update)
+            return tokens + block.ffn_norm2(_feed_forward(block.feed_forward, block.ffn_norm1(tokens), scale))
+        attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation
+        update = _attention(block.attention, hidden * attention_scale, rotations, scale)
+        tokens = tokens + attention_gate * block.attention_norm2(update)
+        hidden = block.ffn_norm1(tokens) * feed_forward_scale
+        return tokens + feed_forward_gate * block.ffn_norm2(_feed_forward(block.feed_forward, hidden, scale))
+
+
+def batch_captions(captions: Sequence[Caption]) -> Caption:
+    """Captions of one padded length as one of a larger batch."""
+    return Caption(torch.cat([caption.tokens for caption in captions]))
+
+
+_PATCH_KEY = f"{PATCH}-1"
+
+
+def _padded(length: int) -> int:
+    return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) -> Tensor:
+    query, key, value = (
+        project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    if attention.norm_q is not None:
+        query = attention.norm_q(query)
+    if attention.norm_k is not None:
+        key = attention.norm_k(key)
+    query, key = rotate(query, rotations), rotate(key, rotations)
+    backend = attention.processor._attention_backend
+    if backend is None:
+        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
+    else:
+        mixed = dispatch_attention_fn(query, key, value, backend=backend)
+    mixed = mixed.flatten(2, 3)  # (B, N, dim)
+    if scale != 1.0:
+        mixed = mixed * scale
+    for module in attention.to_out:
+        mixed = module(mixed)
+    return mixed if scale == 1.0 else mixed.float() / scale
+
+
+def _feed_forward(feed_forward: Any, hidden: Tensor, scale: float) -> Tensor:
+    gate = F.silu(feed_forward.w1(hidden))
+    if scale == 1.0:
+        return feed_forward.w2(gate * feed_forward.w3(hidden))  # type: ignore[no-any-return]
+    return feed_forward.w2(gate * (feed_forward.w3(hidden) * scale)).float() / scale  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""What a call hands back: pictures with their requests, steps of a stream, the verdict of a replay. Plain containers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+from .files.png import Picture
+from .request import ResolvedRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class ZImageOutput:
+    """`images` as `output_type` asked: a list of PIL pictures ("pil"), an array (B, H, W, 3) in [0, 1] ("np"), a tensor
+    (B, 3, H, W) in [0, 1] ("pt") or latents (B, 16, H/8, W/8) ("latent"); `requests[k]` makes image k again."""
+
+    images: Any
+    requests: tuple[ResolvedRequest, ...]
+
+    def __getitem__(self, index: int) -> Any:
+        """diffusers' outputs can be indexed like the tuple that `return_dict=False` gives."""
+        return (self.images,)[index]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a stream, done.
+
+    `latents` (1, 16, H/8, W/8) are now at `sigma_next`; `denoised` is the picture expected from `sigma`, also as
+    latents. `image` is the finished picture on the last step and `None` before. Tensors are the run's own: copy
+    them before changing them.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    sigma_next: float
+    latents: Tensor
+    denoised: Tensor
+    request: ResolvedRequest
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture made again: whether its pixels are the recorded ones, and what is not as it was then."""
+
+    image: Picture
+    request: ResolvedRequest
+    same_bits: bool
+    differences: tuple[str, ...]
+
+
+def check_output_type(output_type: str) -> str:
+    """`output_type`, if there is such a type; raises `RequestError` otherwise."""
+    if output_type not in OUTPUT_TYPES:
+        raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    return output_type
+
+
+def check_stackable(requests: Sequence[ResolvedRequest], output_type: str) -> None:
+    """Raises `RequestError` where images of several sizes should become one array."""
+    if output_type != "pil" and len({(request.height, request.width) for request in requests}) > 1:
+        raise RequestError(f"output_type={output_type!r} needs images of one size; use 'pil', or a call for each size")
+
+
+def collect(images: Sequence[Any], output_type: str) -> Any:
+    """The images of a call in the container of `output_type`."""
+    if output_type == "pil":
+        return list(images)
+    stacked = torch.cat(list(images))
+    return _to_numpy(stacked) if output_type == "np" else stacked
+
+
+def _to_numpy(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return pixels.permute(0, 2, 3, 1).float().cpu().numpy()

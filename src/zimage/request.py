@@ -1,0 +1,245 @@
+"""What one picture is made from: `GenerationRequest` as asked, `ResolvedRequest` with nothing left open.
+
+Also how one call becomes a request per image. The rules about options stand in `rules.py`. Plain data, no torch;
+knows nothing of checkpoints, devices or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .errors import RequestError
+from .rules import (
+    MAX_SEED,
+    SAMPLERS,
+    Limits,
+    integer,
+    is_tensor,
+    resolve_guidance,
+    resolve_seed,
+    resolve_sigmas,
+    resolve_size,
+    resolve_steps,
+    resolve_tensors,
+    resolve_texts,
+    shown,
+)
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One picture as a user asks for it. `None` means: as the model's recipe has it.
+
+    Args:
+        prompt: the text; may be empty. Left out only where `prompt_embeds` is given.
+        negative_prompt: what to steer away from; needs guidance (base only).
+        height, width: pixels, multiples of 16, 256² to 2048² in area.
+        num_inference_steps: denoising steps, 1 to 1000; with Euler one step is one evaluation, two with guidance.
+        guidance_scale: g in `pos + g·(pos − neg)`; 0 is off. Tools that write `neg + c·(pos − neg)` have c = g + 1.
+        cfg_normalization: caps the norm of the guided prediction at so many times the positive one's;
+            `True` is 1, `False` or 0 is off.
+        cfg_truncation: guidance is off in steps whose `1 − sigma` exceeds this; 1 is never off.
+        seed: 0 to 2³² − 1; `None` draws one.
+        sampler: "euler", "heun" or "dpmpp_2m".
+        sigmas: noise levels before the shift, descending within (0, 1], without the final 0; one per step.
+        max_sequence_length: tokens of the prompt, template included, that are kept.
+        latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.
+        prompt_embeds, negative_prompt_embeds: caption features (tokens, features) instead of the texts.
+        any_size: accept areas outside the range.
+    """
+
+    prompt: str | None = None
+    _: KW_ONLY
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    cfg_normalization: float | bool | None = None
+    cfg_truncation: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    sigmas: Sequence[float] | None = None
+    max_sequence_length: int | None = None
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
+    prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    any_size: bool = False
+
+    def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
+        """Fill what is open from `variant` and refuse what cannot work; raises `RequestError` with the remedy."""
+        limits = limits or Limits()
+        height, width = resolve_size(self, variant, limits)
+        sigmas = resolve_sigmas(self.sigmas)
+        guidance = resolve_guidance(self, variant)
+        sampler = variant.sampler if self.sampler is None else self.sampler
+        if sampler not in SAMPLERS:
+            raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        return ResolvedRequest(
+            variant=variant.name,
+            height=height,
+            width=width,
+            num_inference_steps=resolve_steps(self.num_inference_steps, sigmas, variant),
+            sampler=sampler,
+            shift=variant.shift if shift is None else shift,
+            sigmas=sigmas,
+            seed=resolve_seed(self),
+            max_sequence_length=integer(
+                "max_sequence_length",
+                variant.max_sequence_length if self.max_sequence_length is None else self.max_sequence_length,
+                1,
+                limits.max_sequence_length,
+            ),
+            tensors=resolve_tensors(self, guidance["guidance_scale"], height, width, limits),
+            **resolve_texts(self),
+            **guidance,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """One picture with everything decided: with the same weights it is the same picture. See `GenerationRequest`.
+
+    `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
+    `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
+    """
+
+    variant: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    cfg_normalization: float
+    cfg_truncation: float
+    seed: int
+    sampler: str
+    shift: float
+    sigmas: tuple[float, ...]
+    max_sequence_length: int
+    tensors: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+
+    def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
+        """Itself, checked against the model it is to run on; raises `RequestError` if it was made for another."""
+        if self.variant != variant.name:
+            raise RequestError(
+                f"this request was resolved for {self.variant}, the pipeline holds {variant.name}; "
+                "make a GenerationRequest of what should carry over"
+            )
+        if shift is not None and shift != self.shift:
+            raise RequestError(
+                f"this request was resolved for a schedule with shift {self.shift:g}, the pipeline's is {shift:g}; "
+                "make a GenerationRequest of what should carry over"
+            )
+        return self.reopen().resolve(variant, shift=shift, limits=limits)
+
+    def reopen(self) -> GenerationRequest:
+        """The `GenerationRequest` that asks for exactly this picture."""
+        given = dict(self.tensors)
+        return GenerationRequest(
+            None if "prompt_embeds" in given else self.prompt,
+            negative_prompt=None if "negative_prompt_embeds" in given else self.negative_prompt,
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            cfg_normalization=self.cfg_normalization,
+            cfg_truncation=self.cfg_truncation,
+            seed=None if "latents" in given else self.seed,
+            sampler=self.sampler,
+            sigmas=self.sigmas or None,
+            max_sequence_length=self.max_sequence_length,
+            any_size=True,
+            **given,
+        )
+
+
+AnyRequest = GenerationRequest | ResolvedRequest
+
+
+def expand_requests(
+    prompt: str | Sequence[str] | None,
+    *,
+    negative_prompt: str | Sequence[str] | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] | None = None,
+    latents: Tensor | None = None,
+    prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+    negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+    **shared: Any,
+) -> list[GenerationRequest]:
+    """One request per image of a call, in diffusers' order: all images of the first prompt, then of the second.
+
+    Image k of a call with the single seed s has the seed s + k. Raises `RequestError` where lengths disagree.
+    """
+    per_prompt = {
+        "prompt": _listed("prompt", prompt, str),
+        "negative_prompt": _listed("negative_prompt", negative_prompt, str),
+        "prompt_embeds": _listed("prompt_embeds", prompt_embeds, None),
+        "negative_prompt_embeds": _listed("negative_prompt_embeds", negative_prompt_embeds, None),
+    }
+    prompts = per_prompt["prompt"] or per_prompt["prompt_embeds"]
+    if prompts is None:
+        raise RequestError("nothing to draw: pass a prompt (it may be empty: '') or prompt_embeds")
+    count = len(prompts) * integer("num_images_per_prompt", num_images_per_prompt, 1, 100_000)
+    for name, values in per_prompt.items():
+        if values is not None and len(values) not in (1, len(prompts)):
+            raise RequestError(
+                f"{name} has {len(values)} entries for {len(prompts)} prompts; pass one, or one for each"
+            )
+    seeds = _expand_seeds(seed, count)
+    if latents is not None and (not is_tensor(latents) or latents.ndim != 4 or latents.shape[0] != count):
+        raise RequestError(f"latents must be a tensor ({count}, channels, height/8, width/8), got {shown(latents)}")
+    requests = []
+    for index in range(count):
+        position = index // num_images_per_prompt
+        own = {name: values[position % len(values)] for name, values in per_prompt.items() if values is not None}
+        if latents is not None:
+            own["latents"] = latents[index]
+        requests.append(GenerationRequest(**own, seed=seeds[index], **shared))
+    return requests
+
+
+def with_noise(request: ResolvedRequest, *, seed: int = 0, latents: Tensor | None = None) -> ResolvedRequest:
+    """`request` started from another seed, or from given `latents`."""
+    tensors = {name: tensor for name, tensor in request.tensors.items() if name != "latents"}
+    if latents is not None:
+        tensors["latents"] = latents
+    return replace(request, seed=seed, tensors=MappingProxyType(tensors))
+
+
+def _listed(name: str, value: Any, kind: type | None) -> list[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or is_tensor(value):
+        return [value]
+    if not isinstance(value, Sequence):
+        wanted = "a text or a list of texts" if kind is str else "a tensor or a list of tensors"
+        raise RequestError(f"{name} must be {wanted}, got {shown(value)}")
+    if len(value) == 0:
+        raise RequestError(f"{name} is an empty list; pass at least one entry")
+    return list(value)
+
+
+def _expand_seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:
+    if seed is None:
+        return [None] * count
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise RequestError(f"seed has {len(seed)} entries for {count} images; pass one seed, or one for each image")
+        return list(seed)
+    first = integer("seed", seed, 0, MAX_SEED)
+    if first + count - 1 > MAX_SEED:
+        raise RequestError(
+            f"seed {first} leaves too few seeds for {count} images (image k has seed + k, up to {MAX_SEED}); "
+            f"start at {MAX_SEED - count + 1} or below"
+        )
+    return [first + index for index in range(count)]

@@ -1,0 +1,210 @@
+"""What each option of a request may be: ranges, defaults from the variant, and what cannot work together.
+
+Every function takes what was asked and returns what it means, or raises `RequestError` with the remedy. Plain
+arithmetic, no torch: tensors that a caller hands in are looked at through their own methods only.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .errors import RequestError
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .request import GenerationRequest
+
+SAMPLERS = ("euler", "heun", "dpmpp_2m")
+MAX_SEED = 2**32 - 1
+"""Largest seed. torch's CPU generator uses the low 32 bits only: a larger seed would repeat a smaller one's image."""
+MIN_AREA, MAX_AREA = 256**2, 2048**2
+"""Pixels of an image; the models are made for 512² to 2048² (model cards)."""
+MAX_STEPS = 1000
+"""Steps of the training schedule (`num_train_timesteps`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a loaded model can take; the defaults are those of the released models."""
+
+    latent_channels: int = 16
+    latent_scale: int = 8
+    size_multiple: int = 16
+    max_side: int = 8192
+    """Pixels: `axes_lens` of the RoPE table times the size multiple."""
+    caption_features: int = 2560
+    max_sequence_length: int = 1504
+    """Caption tokens, padded to 32, that the RoPE table has positions for, and one for the image."""
+
+
+def resolve_texts(request: GenerationRequest) -> dict[str, str]:
+    texts = {}
+    for name in ("prompt", "negative_prompt"):
+        text, given = getattr(request, name), getattr(request, f"{name}_embeds")
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"{name} must be a text, got {shown(text)}")
+        if text and given is not None:
+            raise RequestError(f"{name} and {name}_embeds are both given; leave one out, only one can be used")
+        texts[name] = text or ""
+    if request.prompt is None and request.prompt_embeds is None:
+        raise RequestError("nothing to draw: pass a prompt (it may be empty: '') or prompt_embeds")
+    return texts
+
+
+def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -> tuple[int, int]:
+    sides = []
+    for name in ("height", "width"):
+        asked = getattr(request, name)
+        side = integer(name, getattr(variant, name) if asked is None else asked, 1, limits.max_side)
+        step = limits.size_multiple
+        if side % step:
+            lower, upper = side // step * step, (side // step + 1) * step
+            choices = f"{lower} or {upper}" if lower else str(upper)
+            raise RequestError(f"{name} must be a multiple of {step}, got {side}; try {choices}")
+        sides.append(side)
+    height, width = sides
+    if not request.any_size and not MIN_AREA <= height * width <= MAX_AREA:
+        raise RequestError(
+            f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the models are made for "
+            f"{MIN_AREA / 1e6:.2f} to {MAX_AREA / 1e6:.2f} (256² to 2048²). Choose such a size, or pass any_size=True"
+        )
+    return height, width
+
+
+def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:
+    if sigmas is None:
+        return ()
+    if isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
+        raise RequestError(f"sigmas must be a list of numbers, got {shown(sigmas)}")
+    levels = tuple(number("each of sigmas", sigma, 0.0, 1.0) for sigma in sigmas)
+    if not levels or len(levels) > MAX_STEPS:
+        raise RequestError(f"sigmas must have 1 to {MAX_STEPS} entries, got {len(levels)}")
+    if levels[-1] == 0:
+        raise RequestError("sigmas must not end in 0: the final 0 is appended; leave it out")
+    for earlier, later in zip(levels, levels[1:], strict=False):
+        if later >= earlier:
+            raise RequestError(f"sigmas must descend, got {later:g} after {earlier:g}; sort them, without repetition")
+    return levels
+
+
+def resolve_steps(steps: int | None, sigmas: tuple[float, ...], variant: Variant) -> int:
+    if steps is None:
+        return len(sigmas) or variant.num_inference_steps
+    steps = integer("num_inference_steps", steps, 1, MAX_STEPS)
+    if sigmas and steps != len(sigmas):
+        raise RequestError(
+            f"num_inference_steps is {steps}, but sigmas has {len(sigmas)} entries, one per step; leave one of them out"
+        )
+    return steps
+
+
+def resolve_seed(request: GenerationRequest) -> int:
+    if request.latents is not None:
+        if request.seed is not None:
+            raise RequestError("seed and latents are both given, and latents leave the seed nothing to do; drop one")
+        return 0
+    if request.seed is None:
+        return secrets.randbelow(MAX_SEED + 1)
+    return integer("seed", request.seed, 0, MAX_SEED)
+
+
+def resolve_guidance(request: GenerationRequest, variant: Variant) -> dict[str, float]:
+    asked = request.guidance_scale
+    scale = number("guidance_scale", variant.guidance_scale if asked is None else asked, 0.0, math.inf)
+    if scale > 0 and not variant.supports_guidance:
+        raise RequestError(
+            f"guidance_scale must be 0 for {variant.title}, got {scale:g}: it was distilled without guidance; "
+            "leave guidance_scale out, or use the base model"
+        )
+    normalization = number(
+        "cfg_normalization",
+        variant.cfg_normalization if request.cfg_normalization is None else float(request.cfg_normalization)
+        if isinstance(request.cfg_normalization, bool) else request.cfg_normalization,
+        0.0,
+        math.inf,
+    )  # fmt: skip
+    truncation = number(
+        "cfg_truncation", variant.cfg_truncation if request.cfg_truncation is None else request.cfg_truncation, 0.0, 1.0
+    )
+    if scale == 0:
+        inert = {
+            "a negative prompt": bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
+            "cfg_normalization": normalization > 0,
+            "cfg_truncation": truncation < 1,
+        }
+        for name in (name for name, given in inert.items() if given):
+            remedy = (
+                "raise guidance_scale above 0" if variant.supports_guidance else "leave it out, or use the base model"
+            )
+            raise RequestError(f"{name} has no effect on {variant.title} without guidance; {remedy}")
+    return {"guidance_scale": scale, "cfg_normalization": normalization, "cfg_truncation": truncation}
+
+
+def resolve_tensors(
+    request: GenerationRequest, guidance_scale: float, height: int, width: int, limits: Limits
+) -> Mapping[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        value = getattr(request, name)
+        if value is None:
+            continue
+        finite_tensor(name, value, f"(tokens, {limits.caption_features})")
+        if value.ndim != 2 or value.shape[1] != limits.caption_features:
+            raise RequestError(f"{name} must be a tensor (tokens, {limits.caption_features}), got {shown(value)}")
+        if not 1 <= value.shape[0] <= limits.max_sequence_length:
+            raise RequestError(f"{name} must have 1 to {limits.max_sequence_length} tokens, got {value.shape[0]}")
+        tensors[name] = value
+    if request.latents is not None:
+        shape = (limits.latent_channels, height // limits.latent_scale, width // limits.latent_scale)
+        finite_tensor("latents", request.latents, str(shape))
+        if tuple(request.latents.shape) not in (shape, (1, *shape)):
+            raise RequestError(f"latents must be {shape} for {width}x{height}, got {shown(request.latents)}")
+        tensors["latents"] = request.latents.reshape(1, *shape)
+    return MappingProxyType(tensors)
+
+
+def finite_tensor(name: str, value: Any, shape: str) -> None:
+    if not is_tensor(value) or not value.is_floating_point():
+        raise RequestError(f"{name} must be a floating-point torch tensor {shape}, got {shown(value)}")
+    if not bool(value.isfinite().all()):
+        raise RequestError(f"{name} has values that are not finite (NaN or infinity); check where they come from")
+
+
+def is_tensor(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("isfinite", "is_floating_point", "shape", "ndim"))
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name} must be a whole number, got {shown(value)}") from None
+    if isinstance(value, bool) or not minimum <= number <= maximum:
+        raise RequestError(f"{name} must be a whole number from {minimum} to {maximum}, got {value}")
+    return number
+
+
+def number(name: str, value: Any, minimum: float, maximum: float) -> float:
+    upper = "up" if maximum == math.inf else f"to {maximum:g}"
+    try:
+        number = float(value) if not isinstance(value, bool | str) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or not minimum <= number <= maximum:
+        raise RequestError(f"{name} must be a number from {minimum:g} {upper}, got {shown(value)}")
+    return number
+
+
+def shown(value: Any) -> str:
+    if is_tensor(value) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,57 @@
+"""Where and with what this process computes: the default device, and the versions that decide bits."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+from .errors import RequestError
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the best there is: CUDA, then MPS, then the CPU. Raises `RequestError` for one that is not there."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device {device!r} cannot be used here ({reason}); leave it out, or pass 'cpu'") from error
+    return chosen
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The parts of this process that the bits of a picture depend on, as texts."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "zimage": __version__,
+        "torch": torch.__version__,
+        "diffusers": package_version("diffusers"),
+        "transformers": package_version("transformers"),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": name,
+        "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+    }
+
+
+def portable_path(folder: Path) -> str:
+    """`folder` as a recipe names it: from `~` where it is under the home folder, so that no user name is given away."""
+    absolute = folder.absolute()
+    try:
+        return f"~/{absolute.relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):
+        return str(absolute)
+
+
+def package_version(distribution: str) -> str:
+    """The installed version of a distribution, or "unknown"."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""The mathematics of sampling: schedules, samplers, guidance and noise, as functions over tensors and callables."""

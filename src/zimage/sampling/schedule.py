@@ -1,0 +1,25 @@
+"""Noise levels of a sampling run. Pure functions; knows neither models nor requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def shifted_sigmas(steps: int, shift: float, sigmas: Sequence[float] = ()) -> Tensor:
+    """Noise levels (steps + 1,) in float32 on the CPU, from at most 1 down to the final 0.
+
+    `linspace(1, 1/steps, steps)`, or the given `sigmas` in its place, goes through the static shift
+    `shift·s / (1 + (shift − 1)·s)` (Stable Diffusion 3, arXiv 2403.03206, eq. 23). The operations and their order
+    are those of diffusers' Z-Image pipeline and FlowMatchEulerDiscreteScheduler, so that the bits are too.
+    """
+    levels = torch.tensor(sigmas, dtype=torch.float32) if len(sigmas) else torch.linspace(1.0, 1.0 / steps, steps)
+    levels = shift * levels / (1 + (shift - 1) * levels)
+    return torch.cat([levels, torch.zeros(1)])
+
+
+def model_timesteps(sigmas: Tensor) -> Tensor:
+    """The model's time `1 − sigma` of each noise level, rounded as in diffusers (through thousandths)."""
+    return (1000.0 - sigmas * 1000.0) / 1000.0
