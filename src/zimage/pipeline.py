@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,44 +19,27 @@ from torch import Tensor
 
 from . import components, runtime
 from .callbacks import StepCallback, StepHook
+from .calls import PICTURE_OPTIONS, Call, CancelToken, progress_bar, resolve_call, texts_of, tokenize
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
 from .checkpoint.locate import locate
 from .checkpoint.save import save_components
 from .denoiser import Conditioning, Preparation, denoising_steps
-from .errors import Cancelled, CheckpointError, RequestError, ZImageWarning
+from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
 from .models.autoencoder import Autoencoder, to_image
 from .models.precision import choose_dtype
-from .models.text_encoder import TextEncoder, Tokens, without_last_layer
+from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
 from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
-from .request import AnyRequest, GenerationRequest, ResolvedRequest, expand_requests, with_noise
+from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .rules import Limits
-from .sampling.noise import generator_noise, seeded_noise
+from .sampling.noise import seeded_noise
 from .sampling.samplers import SamplerStep
 from .variants import detect_variant
 
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": ""}
-_PICTURE_OPTIONS = {option.name for option in fields(GenerationRequest)} - {"prompt"}
-
-
-class CancelToken(Protocol):
-    """What `cancel=` takes: a `threading.Event`, or anything that says whether it is set."""
-
-    def is_set(self) -> bool: ...
-
-
-@dataclass
-class _Call:
-    """What the pictures of one call share. Lives as long as the call."""
-
-    preparation: Preparation
-    tokens: Mapping[tuple[str, int], Tokens]
-    cancel: CancelToken | None = None
-    hook: StepHook | None = None
-    bar: Any = None
 
 
 class ZImagePipeline:
@@ -85,7 +66,7 @@ class ZImagePipeline:
         *,
         variant: str | None = None,
         model: Mapping[str, str] | None = None,
-        folder: os.PathLike[str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.shift = components.shift_of(scheduler)
         self.model = {**_UNKNOWN_MODEL, **(model or {})}
@@ -160,8 +141,17 @@ class ZImagePipeline:
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
         """Write the checkpoint in the Hugging Face layout, whole or not at all; `folder` must be new or empty."""
+        parts = Components(
+            tokenizer=self.text_encoder.tokenizer,
+            text_encoder=self.text_encoder.model,
+            text_encoder_layers=self.text_encoder.model.config.num_hidden_layers + 1,
+            transformer=self.transformer,
+            vae=self.autoencoder.vae,
+            shift=self.shift,
+            folder=self._folder,
+        )
         with self._turn:
-            save_components(self._components(), folder, max_shard_size=max_shard_size)
+            save_components(parts, folder, max_shard_size=max_shard_size)
 
     def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> ZImagePipeline:
         """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself."""
@@ -181,7 +171,7 @@ class ZImagePipeline:
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return self.transformer.x_pad_token.device  # type: ignore[no-any-return]
+        return self.transformer.x_pad_token.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -248,15 +238,18 @@ class ZImagePipeline:
 
         Raises `RequestError` before anything is computed, `NonFiniteError`, `Cancelled`.
         """
-        options = {name: value for name, value in locals().items() if name in _PICTURE_OPTIONS}
+        options = {name: value for name, value in locals().items() if name in PICTURE_OPTIONS and value is not None}
         check_output_type(output_type)
         if joint_attention_kwargs:
             raise RequestError("joint_attention_kwargs scales adapters and none is attached; leave it out")
-        requests = self._resolve_call(prompt, options, num_images_per_prompt, generator)
+        requests = resolve_call(
+            prompt, options, num_images_per_prompt, generator, resolve=self.resolve, latent_shape=self._latent_shape
+        )
         check_stackable(requests, output_type)
         hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        with self._bar(requests, progress) as bar:
-            call = self._call(requests, cancel, hook, bar)
+        tokens = tokenize(requests, self.text_encoder)
+        with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
+            call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)
             images = [
                 self._finish(request, _result(self._denoise(request, call)), output_type, embed_recipe)
                 for request in requests
@@ -272,7 +265,8 @@ class ZImagePipeline:
         Raises `RequestError` at once, the rest while iterating.
         """
         resolved = self.resolve(GenerationRequest(request) if isinstance(request, str) else request)
-        return self._stream(resolved, self._call([resolved], cancel), embed_recipe)
+        tokens = tokenize([resolved], self.text_encoder)
+        return self._stream(resolved, Call(Preparation(self.transformer), tokens, cancel), embed_recipe)
 
     def replay(
         self, picture: str | os.PathLike[str] | Recipe, *, cancel: CancelToken | None = None, progress: bool = False
@@ -305,46 +299,7 @@ class ZImagePipeline:
             pixels=pixel_digest(image),
         )
 
-    def _resolve_call(
-        self, prompt: Any, options: dict[str, Any], images_per_prompt: int, generator: Any
-    ) -> list[ResolvedRequest]:
-        given = [prompt] if isinstance(prompt, AnyRequest) else prompt
-        if isinstance(given, Sequence) and given and all(isinstance(one, AnyRequest) for one in given):
-            extra = [name for name, value in options.items() if value is not None]
-            if extra or generator is not None or images_per_prompt != 1:
-                raise RequestError(f"a request says all there is; put {', '.join(extra) or 'the rest'} into it instead")
-            return [self.resolve(one) for one in given]
-        shared = {name: value for name, value in options.items() if value is not None}
-        requests = expand_requests(prompt, num_images_per_prompt=images_per_prompt, **shared)
-        if generator is None:
-            return [self.resolve(one) for one in requests]
-        for name in ("seed", "latents"):
-            if name in shared:
-                raise RequestError(f"{name} and generator are both given; only one can start the picture, drop one")
-        resolved = [self.resolve(one) for one in requests]
-        noise = generator_noise(generator, (len(resolved), *self._latent_shape(resolved[0])))
-        return [
-            with_noise(one, seed=seed) if seed is not None else with_noise(one, latents=latents[None])
-            for one, (seed, latents) in zip(resolved, noise, strict=True)
-        ]
-
-    def _call(
-        self,
-        requests: Iterable[ResolvedRequest],
-        cancel: CancelToken | None = None,
-        hook: StepHook | None = None,
-        bar: Any = None,
-    ) -> _Call:
-        tokens = {}
-        for request in requests:
-            for text in _texts(request):
-                key = (text, request.max_sequence_length)
-                if key not in tokens:
-                    tokens[key] = self.text_encoder.tokenize(*key)
-                    _warn_if_cut(tokens[key])
-        return _Call(Preparation(self.transformer), tokens, cancel, hook, bar)
-
-    def _denoise(self, request: ResolvedRequest, call: _Call) -> Generator[SamplerStep, None, Tensor]:
+    def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         with self._turn:
             conditioning = self._condition(request, call)
@@ -352,7 +307,7 @@ class ZImagePipeline:
         steps = denoising_steps(call.preparation, request, conditioning, latents)
         replaced = None
         for _ in range(request.num_inference_steps):
-            _check_cancelled(call)
+            call.check_cancelled()
             with self._turn, torch.no_grad():
                 step = steps.send(replaced)
             latents, replaced = step.latents, None
@@ -366,12 +321,12 @@ class ZImagePipeline:
             if changed is not conditioning:
                 conditioning, replaced = changed, None
                 steps = denoising_steps(call.preparation, request, conditioning, latents, start=step.index + 1)
-        _check_cancelled(call)
+        call.check_cancelled()
         return latents
 
-    def _condition(self, request: ResolvedRequest, call: _Call) -> Conditioning:
+    def _condition(self, request: ResolvedRequest, call: Call) -> Conditioning:
         features = []
-        for name, text in zip(("prompt_embeds", "negative_prompt_embeds"), _texts(request), strict=False):
+        for name, text in zip(("prompt_embeds", "negative_prompt_embeds"), texts_of(request), strict=False):
             given = request.tensors.get(name)
             if given is None:
                 given = self.text_encoder.encode(call.tokens[text, request.max_sequence_length])
@@ -397,7 +352,7 @@ class ZImagePipeline:
         image = to_image(pixels)
         return Picture.of(image, self.recipe(request, image) if embed_recipe else None)
 
-    def _stream(self, request: ResolvedRequest, call: _Call, embed_recipe: bool) -> Generator[Step, None, None]:
+    def _stream(self, request: ResolvedRequest, call: Call, embed_recipe: bool) -> Generator[Step, None, None]:
         total = request.num_inference_steps
         for step in self._denoise(request, call):
             last = step.index + 1 == total
@@ -412,37 +367,10 @@ class ZImagePipeline:
                 image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
             )
 
-    def _bar(self, requests: Sequence[ResolvedRequest], progress: bool) -> Any:
-        if not progress or self._bar_options.get("disable"):
-            return nullcontext()
-        from tqdm.auto import tqdm
-
-        return tqdm(**{"total": sum(request.num_inference_steps for request in requests), **self._bar_options})
-
-
-def _texts(request: ResolvedRequest) -> tuple[str, ...]:
-    """The texts to encode: the prompt, and with guidance the negative prompt."""
-    return (request.prompt, request.negative_prompt) if request.guidance_scale > 0 else (request.prompt,)
-
-
-def _warn_if_cut(tokens: Tokens) -> None:
-    if tokens.total > len(tokens.ids):
-        warnings.warn(
-            f"the prompt has {tokens.total} tokens with its template, max_sequence_length is {len(tokens.ids)}; "
-            f"this is cut off: {tokens.cut!r}",
-            ZImageWarning,
-            stacklevel=4,
-        )
-
-
-def _check_cancelled(call: _Call) -> None:
-    if call.cancel is not None and call.cancel.is_set():
-        raise Cancelled("the picture was cancelled; nothing was written")
-
 
 def _result(run: Generator[SamplerStep, None, Tensor]) -> Tensor:
     while True:
         try:
             next(run)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value

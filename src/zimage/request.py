@@ -79,6 +79,7 @@ class GenerationRequest:
         height, width = resolve_size(self, variant, limits)
         sigmas = resolve_sigmas(self.sigmas)
         guidance = resolve_guidance(self, variant)
+        prompt, negative_prompt = resolve_texts(self)
         sampler = variant.sampler if self.sampler is None else self.sampler
         if sampler not in SAMPLERS:
             raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -97,9 +98,12 @@ class GenerationRequest:
                 1,
                 limits.max_sequence_length,
             ),
-            tensors=resolve_tensors(self, guidance["guidance_scale"], height, width, limits),
-            **resolve_texts(self),
-            **guidance,
+            tensors=resolve_tensors(self, height, width, limits),
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance.scale,
+            cfg_normalization=guidance.normalization,
+            cfg_truncation=guidance.truncation,
         )
 
 
@@ -232,7 +236,7 @@ def _listed(name: str, value: Any, kind: type | None) -> list[Any] | None:
 def _expand_seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:
     if seed is None:
         return [None] * count
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, Sequence):
         if len(seed) != count:
             raise RequestError(f"seed has {len(seed)} entries for {count} images; pass one seed, or one for each image")
         return list(seed)

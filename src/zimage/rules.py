@@ -11,6 +11,7 @@ import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -45,25 +46,35 @@ class Limits:
     """Caption tokens, padded to 32, that the RoPE table has positions for, and one for the image."""
 
 
-def resolve_texts(request: GenerationRequest) -> dict[str, str]:
-    texts = {}
+@dataclass(frozen=True)
+class Guidance:
+    """The three numbers of classifier-free guidance."""
+
+    scale: float
+    normalization: float
+    truncation: float
+
+
+def resolve_texts(request: GenerationRequest) -> tuple[str, str]:
+    """Prompt and negative prompt, "" where features are given instead."""
+    texts = []
     for name in ("prompt", "negative_prompt"):
         text, given = getattr(request, name), getattr(request, f"{name}_embeds")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{name} must be a text, got {shown(text)}")
         if text and given is not None:
             raise RequestError(f"{name} and {name}_embeds are both given; leave one out, only one can be used")
-        texts[name] = text or ""
+        texts.append(text or "")
     if request.prompt is None and request.prompt_embeds is None:
         raise RequestError("nothing to draw: pass a prompt (it may be empty: '') or prompt_embeds")
-    return texts
+    return texts[0], texts[1]
 
 
 def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -> tuple[int, int]:
     sides = []
     for name in ("height", "width"):
         asked = getattr(request, name)
-        side = integer(name, getattr(variant, name) if asked is None else asked, 1, limits.max_side)
+        side = integer(name, _or(asked, getattr(variant, name)), 1, limits.max_side)
         step = limits.size_multiple
         if side % step:
             lower, upper = side // step * step, (side // step + 1) * step
@@ -82,14 +93,14 @@ def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -
 def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:
     if sigmas is None:
         return ()
-    if isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
+    if not hasattr(sigmas, "__iter__"):
         raise RequestError(f"sigmas must be a list of numbers, got {shown(sigmas)}")
     levels = tuple(number("each of sigmas", sigma, 0.0, 1.0) for sigma in sigmas)
     if not levels or len(levels) > MAX_STEPS:
         raise RequestError(f"sigmas must have 1 to {MAX_STEPS} entries, got {len(levels)}")
     if levels[-1] == 0:
         raise RequestError("sigmas must not end in 0: the final 0 is appended; leave it out")
-    for earlier, later in zip(levels, levels[1:], strict=False):
+    for earlier, later in pairwise(levels):
         if later >= earlier:
             raise RequestError(f"sigmas must descend, got {later:g} after {earlier:g}; sort them, without repetition")
     return levels
@@ -116,41 +127,31 @@ def resolve_seed(request: GenerationRequest) -> int:
     return integer("seed", request.seed, 0, MAX_SEED)
 
 
-def resolve_guidance(request: GenerationRequest, variant: Variant) -> dict[str, float]:
-    asked = request.guidance_scale
-    scale = number("guidance_scale", variant.guidance_scale if asked is None else asked, 0.0, math.inf)
+def resolve_guidance(request: GenerationRequest, variant: Variant) -> Guidance:
+    """Guidance as asked or as the variant has it; refused where the model has none or it would do nothing."""
+    scale = number("guidance_scale", _or(request.guidance_scale, variant.guidance_scale), 0.0, math.inf)
     if scale > 0 and not variant.supports_guidance:
         raise RequestError(
             f"guidance_scale must be 0 for {variant.title}, got {scale:g}: it was distilled without guidance; "
             "leave guidance_scale out, or use the base model"
         )
-    normalization = number(
-        "cfg_normalization",
-        variant.cfg_normalization if request.cfg_normalization is None else float(request.cfg_normalization)
-        if isinstance(request.cfg_normalization, bool) else request.cfg_normalization,
-        0.0,
-        math.inf,
-    )  # fmt: skip
-    truncation = number(
-        "cfg_truncation", variant.cfg_truncation if request.cfg_truncation is None else request.cfg_truncation, 0.0, 1.0
-    )
-    if scale == 0:
-        inert = {
-            "a negative prompt": bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
-            "cfg_normalization": normalization > 0,
-            "cfg_truncation": truncation < 1,
-        }
-        for name in (name for name, given in inert.items() if given):
-            remedy = (
-                "raise guidance_scale above 0" if variant.supports_guidance else "leave it out, or use the base model"
-            )
-            raise RequestError(f"{name} has no effect on {variant.title} without guidance; {remedy}")
-    return {"guidance_scale": scale, "cfg_normalization": normalization, "cfg_truncation": truncation}
+    asked = _or(request.cfg_normalization, variant.cfg_normalization)
+    normalization = number("cfg_normalization", float(asked) if isinstance(asked, bool) else asked, 0.0, math.inf)
+    truncation = number("cfg_truncation", _or(request.cfg_truncation, variant.cfg_truncation), 0.0, 1.0)
+    inert = {
+        "a negative prompt": bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
+        "cfg_normalization": normalization > 0,
+        "cfg_truncation": truncation < 1,
+    }
+    useless = [name for name, given in inert.items() if given and scale == 0]
+    if useless:
+        remedy = "raise guidance_scale above 0" if variant.supports_guidance else "leave it out, or use the base model"
+        raise RequestError(f"{useless[0]} has no effect on {variant.title} without guidance; {remedy}")
+    return Guidance(scale, normalization, truncation)
 
 
-def resolve_tensors(
-    request: GenerationRequest, guidance_scale: float, height: int, width: int, limits: Limits
-) -> Mapping[str, Tensor]:
+def resolve_tensors(request: GenerationRequest, height: int, width: int, limits: Limits) -> Mapping[str, Tensor]:
+    """The tensors that were given, by argument name, checked for shape and values; latents with a batch axis of 1."""
     tensors: dict[str, Tensor] = {}
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(request, name)
@@ -169,6 +170,10 @@ def resolve_tensors(
             raise RequestError(f"latents must be {shape} for {width}x{height}, got {shown(request.latents)}")
         tensors["latents"] = request.latents.reshape(1, *shape)
     return MappingProxyType(tensors)
+
+
+def _or(asked: Any, default: Any) -> Any:
+    return default if asked is None else asked
 
 
 def finite_tensor(name: str, value: Any, shape: str) -> None:

@@ -21,6 +21,12 @@ SCHEDULER = Path("scheduler", "scheduler_config.json")
 PARTS = ("text_encoder", "transformer", "vae")
 """The components that have weights; each has a `config.json` in the folder of its name."""
 
+TEMPLATE_FILE = "chat_template.jinja"
+LEGACY_TOKENIZER_FILES = ("added_tokens.json", "special_tokens_map.json")
+"""What `tokenizer.json` took the place of."""
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
+"""The tokenizer's files on the hub; with the ones above, all that are ever read."""
+
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": ("diffusers", ("FlowMatchEulerDiscreteScheduler",)),
     "text_encoder": ("transformers", ("Qwen3Model", "Qwen3ForCausalLM")),
@@ -264,5 +270,3 @@ def _agree(
             f"{folder / 'transformer' / 'config.json'}: {key} must be the {other}'s {other_key} ({config[other_key]}), "
             f"got {transformer[key]}; the two are from different models"
         )
-
-

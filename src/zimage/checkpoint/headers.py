@@ -1,8 +1,8 @@
 """The header of a safetensors file: which tensors it holds, of what type and shape, and where their bytes lie.
 
 Reads the header alone, by the format's own rules (https://github.com/huggingface/safetensors#format): the tensors must
-cover the data without gap or overlap and the file must end where they do. So a file that is cut short, padded or made up
-is known before one value is read. Knows nothing of models, and no torch.
+cover the data without gap or overlap and the file must end where they do. So a file that is cut short, padded or made
+up is known before one value is read. Knows nothing of models, and no torch.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class Shard:
 class ComponentInspection:
     """A component with weights: how `model_index.json` calls its class, and what its files hold.
 
-    `parameters` counts all that is on disk, `loaded_parameters` those that zimage loads: of the text encoder all but the last
-    layer and what follows it. `dtypes` are the types of tensors on disk by the format's names.
+    `parameters` counts all on disk, `loaded_parameters` those that zimage loads: of the text encoder all but the
+    last layer and what follows it. `dtypes` are the types of tensors on disk by the format's names.
     """
 
     name: str
@@ -55,8 +55,8 @@ class ComponentInspection:
 class Inspection:
     """A checkpoint as it lies on disk. It loads if there are no `problems`.
 
-    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `fingerprint` is None where
-    weights cannot be read.
+    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `fingerprint` is None
+    where weights cannot be read.
     """
 
     folder: str
@@ -78,7 +78,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
     `hub_id`, where known, helps to tell the variant.
     """
     found = survey(Path(folder))
-    variant = variant_reason = print_ = None
+    variant = variant_reason = identity = None
     try:
         variant = detect_variant(variant=None, hub_id=hub_id, shift=found.configs.shift).name
     except CheckpointError as error:
@@ -86,7 +86,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
     problems = [str(error) for error in found.errors]
     if len(found.weights) == len(PARTS):
         try:
-            print_ = _fingerprint(found.weights)
+            identity = _fingerprint(found.weights)
         except CheckpointError as error:
             problems.append(str(error))
     return Inspection(
@@ -95,7 +95,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
         variant_reason=variant_reason,
         shift=found.configs.shift,
         components=tuple(_component(found, name) for name in PARTS),
-        fingerprint=print_,
+        fingerprint=identity,
         problems=tuple(problems),
     )
 
@@ -103,9 +103,9 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
 def fingerprint(folder: str | os.PathLike[str]) -> str:
     """A sampled identity of the weights in `folder`: 32 hex digits.
 
-    It covers the name, size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data. So it tells
-    one model from another and from a fine-tune of it, and it does not find a change of a few values between the pieces.
-    Raises `CheckpointError` where files are missing or damaged.
+    It covers the name, size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data. So
+    it tells one model from another and from a fine-tune of it, and it does not see a change of a few values between the
+    pieces. Raises `CheckpointError` where files are missing or damaged.
     """
     return _fingerprint({component: read_weights(Path(folder), component) for component in PARTS})
 

@@ -27,9 +27,9 @@ from .tensors import fill
 class Components:
     """A Z-Image model in memory.
 
-    `text_encoder` has no last layer and no final norm (an identity stands in its place), since Z-Image uses what enters
-    the last layer: its `last_hidden_state` is that. `text_encoder_layers` counts all layers of the original. `folder` is where it all came from,
-    None where it was made in memory.
+    `text_encoder` has no last layer and no final norm, for which an identity stands: Z-Image uses what enters the last
+    layer, and its `last_hidden_state` is that. `text_encoder_layers` counts all layers of the original. `folder` is
+    where it all came from, None where it was made in memory.
     """
 
     tokenizer: Qwen2Tokenizer
@@ -46,9 +46,9 @@ def load_components(
 ) -> Components:
     """The components in `folder`, their weights in `dtype` on `device`, in evaluation mode and without gradients.
 
-    Raises `CheckpointError` for anything missing, damaged, foreign or hostile, and lists what is wrong: the configs, the
-    tokenizer and the names, shapes and types of all tensors are compared before a weight is read, and the values
-    while they are. Host memory beyond the weights themselves: 32 MiB.
+    Raises `CheckpointError` for anything missing, damaged, foreign or hostile, and lists what is wrong: configs, the
+    tokenizer and the names, shapes and types of all tensors are checked before a weight is read, and the values while
+    they are. Host memory beyond the weights themselves: 32 MiB.
     """
     place = Path(folder)
     try:

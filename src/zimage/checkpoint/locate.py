@@ -1,39 +1,42 @@
 """From what a user calls a model to a folder on disk: an alias, a folder, or a hub id that is downloaded.
 
-Downloads go through huggingface_hub, with its cache and its environment variables, file by file: the configs, which are checked
-before anything large is fetched, and exactly the shards that the index names. Knows what a checkpoint needs, not what its weights
-are; loads no torch.
+Downloads go through huggingface_hub, with its cache and its environment variables, file by file: the configs, which are
+checked before anything large is fetched, and exactly the shards that the index names. Knows what files a checkpoint
+has, not what its weights mean; loads no torch.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..variants import VARIANTS
-from .configs import MODEL_INDEX, PARTS, SCHEDULER, Problems, read_configs, read_model_index
+from .configs import (
+    LEGACY_TOKENIZER_FILES,
+    MODEL_INDEX,
+    PARTS,
+    SCHEDULER,
+    TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    Problems,
+    read_configs,
+    read_model_index,
+)
+from .fields import read_config
+from .hub import Repository
 from .reading import reason, shown
 from .shards import index_name, read_index, single_name
 
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_TOKENIZER_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
-)
-
-Fetch = Callable[[str], Path | None]
-"""Brings one file by its name in the repository; None where the repository has no such file."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a checkpoint lies: its `folder`, and for one from the hub its id and the commit where known."""
+    """Where a checkpoint lies: its `folder`, and for one from the hub its id and the commit."""
 
     folder: Path
     hub_id: str | None = None
@@ -51,26 +54,31 @@ def locate(
     """Find the checkpoint that `source` means, downloading what is not in the cache yet.
 
     `source` is an alias ("base", "turbo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a path object is always a
-    folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only` are as in
+    folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only` mean what they do in
     `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where there is no such checkpoint or it cannot be had.
     """
     if isinstance(source, str) and source in VARIANTS:
         source = VARIANTS[source].hub_id
-    elif not isinstance(source, str) or _is_path(source) or Path(source).exists():
+    elif not isinstance(source, str) or _is_path(source):
         return _local(source, revision)
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(
-            f"cannot find the model {shown(source)}: it is no folder here; "
-            f"give {', '.join(map(repr, VARIANTS))}, a folder, or a hub id like {VARIANTS['turbo'].hub_id!r}"
+            f"cannot find the model {shown(source)}: there is no such folder here, and it is no hub id; give "
+            f"{_ALIASES}, a folder, or a hub id like {VARIANTS['turbo'].hub_id!r}"
         )
-    return _download(
+    repository = Repository(
         source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
+    return _download(repository)
+
+
+_ALIASES = ", ".join(map(repr, VARIANTS))
 
 
 def _is_path(source: str) -> bool:
-    looks = source.startswith((".", "/", "~", "\\")) or source.lower().endswith(_SINGLE_FILES)
-    return looks or Path(source).is_absolute() or source.count("/") > 1 or "\\" in source
+    if source.startswith((".", "/", "~", "\\")) or source.lower().endswith(_SINGLE_FILES):
+        return True
+    return source.count("/") > 1 or "\\" in source or os.path.isabs(source) or os.path.lexists(source)
 
 
 def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
@@ -78,58 +86,59 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
         folder = Path(source).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{shown(source)} is no path that can be read: {reason(error)}") from error
-    if not is_folder:
-        if is_there or folder.suffix.lower() in _SINGLE_FILES:
-            raise CheckpointError(
-                f"a checkpoint is a folder in the hub's layout, got the file {folder}; single files are not supported "
-                f"yet: give the folder with model_index.json, or a hub id like {VARIANTS['turbo'].hub_id!r}"
-            )
         raise CheckpointError(
-            f"there is no folder {folder}; give one with model_index.json in it, {', '.join(map(repr, VARIANTS))}, or a hub id"
+            f"a model is {_ALIASES}, a folder or a hub id, got {shown(source)}: {reason(error)}"
+        ) from error
+    if not is_folder and (is_there or folder.suffix.lower() in _SINGLE_FILES):
+        raise CheckpointError(
+            f"a checkpoint is a folder in the hub's layout, got the file {folder}; single files are not supported yet: "
+            f"give the folder with model_index.json, or a hub id like {VARIANTS['turbo'].hub_id!r}"
+        )
+    if not is_folder:
+        raise CheckpointError(
+            f"there is no folder {folder}; give one with model_index.json in it, {_ALIASES}, or a hub id"
         )
     if revision is not None:
         raise CheckpointError(f"revision={revision!r} has no meaning for the folder {folder}; leave it out")
     return Location(folder=folder)
 
 
-def _download(
-    hub_id: str,
-    *,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Location:
-    common = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    first = _require(partial(_fetch, hub_id, revision=revision, **common), hub_id, MODEL_INDEX.as_posix())
-    folder = first.parent
+def _download(repository: Repository) -> Location:
+    folder = repository.require(MODEL_INDEX.as_posix()).parent
     read_model_index(folder)  # a foreign repository is known by now, and nothing else of it is fetched
     # The cache keeps each commit in a folder of its name: what follows comes from the same commit as the first file.
-    fetch: Fetch = partial(_fetch, hub_id, revision=folder.name, **common)
-    _require(fetch, hub_id, SCHEDULER.as_posix())
+    repository.revision = folder.name
+    repository.require(SCHEDULER.as_posix())
     for component in PARTS:
-        _require(fetch, hub_id, f"{component}/config.json")
-    for name in _TOKENIZER_FILES:
-        fetch(f"tokenizer/{name}")
+        repository.require(f"{component}/config.json")
+    _fetch_tokenizer(repository)
     problems = Problems()
     read_configs(folder, problems)
     if problems.errors:
         raise problems.errors[0]
     for component in PARTS:
-        index = fetch(f"{component}/{index_name(component)}")
-        shards = sorted(set(read_index(index).values())) if index else [single_name(component)]
-        for shard in shards:
-            _require(fetch, hub_id, f"{component}/{shard}")
-    return Location(folder=folder, hub_id=hub_id, revision=folder.name)
+        _fetch_weights(repository, component)
+    return Location(folder=folder, hub_id=repository.hub_id, revision=folder.name)
 
 
-def _require(fetch: Fetch, hub_id: str, name: str) -> Path:
-    path = fetch(name)
-    if path is None:
-        raise CheckpointError(f"{hub_id} has no {name}, so it is no Z-Image checkpoint in diffusers' layout; check the id")
-    return path
+def _fetch_tokenizer(repository: Repository) -> None:
+    """Files that older tokenizers have are asked for only where newer ones do not stand in their place."""
+    folder = Path("tokenizer")
+    found = {name: repository.fetch((folder / name).as_posix()) for name in TOKENIZER_FILES}
+    config = found["tokenizer_config.json"]
+    older = LEGACY_TOKENIZER_FILES if found["tokenizer.json"] is None else ()
+    template = (TEMPLATE_FILE,) if config is None or "chat_template" not in read_config(config) else ()
+    for name in (*older, *template):
+        repository.fetch((folder / name).as_posix())
 
 
-def _fetch(hub_id: str, name: str, *, revision: str | None, local_files_only: bool, **common: object) -> Path | None:
-    ...
+def _fetch_weights(repository: Repository, component: str) -> None:
+    single = f"{component}/{single_name(component)}"
+    if repository.cached(single):
+        return  # without asking for an index: that would wait for a hub that cannot be reached
+    index = repository.fetch(f"{component}/{index_name(component)}")
+    if index is None:
+        repository.require(single)
+        return
+    for shard in sorted(set(read_index(index).values())):
+        repository.require(f"{component}/{shard}")

@@ -1,4 +1,4 @@
-"""The three models of a checkpoint, built from checked configs without memory, and the tensors that each takes from files.
+"""The three models of a checkpoint, built from checked configs without memory, and the tensors that each needs.
 
 Modules are made on the meta device of the calling thread alone, so other threads may build theirs meanwhile. Knows no
 files: the names of tensors in them come in, and which tensor goes where comes out.
@@ -32,7 +32,7 @@ class Blank:
     `targets` gives each needed name's parameter in `module`; `spare` are tensors that zimage never uses.
     """
 
-    module: nn.Module
+    module: Any
     needed: dict[str, Shape]
     targets: dict[str, str]
     spare: dict[str, Shape]
@@ -43,11 +43,13 @@ def build(component: str, config: dict[str, Any], names: Collection[str]) -> Bla
     try:
         with torch.device("meta"):
             if component == "text_encoder":
-                module: nn.Module = _text_encoder(config)
+                module: Any = _text_encoder(config)
             else:
                 module = ZImageTransformer(**config) if component == "transformer" else AutoencoderKL(**config)
     except Exception as error:
-        raise CheckpointError(f"{component}/config.json describes no {component} that can be built: {reason(error)}") from error
+        raise CheckpointError(
+            f"{component}/config.json describes no {component} that can be built: {reason(error)}"
+        ) from error
     if component == "text_encoder":
         # Its frequencies are computed, not stored, so they must be made outside of the meta device.
         module.rotary_emb = Qwen3RotaryEmbedding(module.config)
@@ -55,7 +57,7 @@ def build(component: str, config: dict[str, Any], names: Collection[str]) -> Bla
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if component != "text_encoder":
         return Blank(module=module, needed=shapes, targets={name: name for name in shapes}, spare={})
-    # Qwen3Model saves plain names, the whole language model puts its own before them; on the hub both classes have the latter.
+    # Qwen3Model saves plain names; the language model, and both classes' folders on the hub, put its own before them.
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in names) else ""
     return Blank(
         module=module,

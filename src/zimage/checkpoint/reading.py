@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, or a link to one, for reading without a buffer. Anything else is refused and never waited for."""
+    """Open a regular file, or a link to one, for unbuffered reading; anything else is refused and never waited for."""
     try:
         _require_regular(path, os.stat(path).st_mode)
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115

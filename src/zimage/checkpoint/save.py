@@ -1,7 +1,7 @@
-"""Writes components as a checkpoint folder in the layout of the hub, for zimage and for diffusers; whole or not at all.
+"""Writes components as a checkpoint folder in the hub's layout, for zimage and for diffusers; whole or not at all.
 
-Transformer and VAE are written from memory. The text encoder and the tokenizer are copied from the folder that they came
-from, since zimage does not hold the text encoder's last layer. Knows nothing of adapters: those have to be detached before.
+Transformer and VAE are written from memory. Text encoder and tokenizer are copied from the folder that they came
+from, since zimage does not hold the text encoder's last layer. Knows nothing of adapters: they are detached before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -22,13 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, RequestError
-from .configs import CLASSES, MODEL_INDEX, SCHEDULER
+from .configs import CLASSES, LEGACY_TOKENIZER_FILES, MODEL_INDEX, SCHEDULER, TEMPLATE_FILE, TOKENIZER_FILES
 from .load import Components
 from .modules import build
 from .reading import exists, open_regular, reason
 from .shards import index_name, read_weights, single_name
 from .survey import survey
-from .tokenizer import FILES as TOKENIZER_FILES
 
 _COPY = 16 << 20
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -40,8 +39,8 @@ def save_components(
     """Write `components` to `folder`, which must not exist or be empty, and return it.
 
     Weights keep the type that they have in memory, but for the text encoder, whose files are copied as they are from
-    `components.folder`. Without such a folder the layers that are held are written; zimage loads that, and diffusers too
-    with a warning of transformers' about the unused last layer. `max_shard_size` is in bytes or like "5GB".
+    `components.folder`. Without such a folder the layers that are held are written; zimage loads that, and diffusers
+    does with a warning about the last layer, which it never uses. `max_shard_size` is in bytes or like "5GB".
     Raises `RequestError` for a folder that is in use and `CheckpointError` for components that are no plain model.
     """
     target = Path(folder).expanduser()
@@ -111,7 +110,7 @@ def _copy_text_encoder(source: Path, folder: Path) -> None:
     weights = [header.path.name for header in read_weights(source, "text_encoder").headers]
     wanted = {
         "text_encoder": ("config.json", "generation_config.json", index_name("text_encoder"), *weights),
-        "tokenizer": TOKENIZER_FILES,
+        "tokenizer": (*TOKENIZER_FILES, *LEGACY_TOKENIZER_FILES, TEMPLATE_FILE),
     }
     for part, names in wanted.items():
         (folder / part).mkdir()
@@ -124,7 +123,7 @@ def _copy(source: Path, target: Path) -> None:
     try:
         with open_regular(source) as reading, open(target, "wb") as writing:
             shutil.copyfileobj(reading, writing, _COPY)
-            _flush(writing.fileno(), writing)
+            _sync(writing)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be copied to {target}: {reason(error)}") from error
 
@@ -139,8 +138,8 @@ def _write_weights(place: Path, component: str, state: dict[str, Tensor], max_sh
     for name, tensors in plan.filename_to_tensors.items():
         shard = {tensor: state[tensor].detach().to("cpu").contiguous() for tensor in tensors}
         save_file(shard, place / name, metadata={"format": "pt"})
-        with open(place / name, "rb") as written:
-            os.fsync(written.fileno())
+        with open(place / name, "r+b") as written:
+            _sync(written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(place / index_name(component), index)
@@ -150,16 +149,16 @@ def _write_json(path: Path, config: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2) + "\n")
-        _flush(file.fileno(), file)
+        _sync(file)
 
 
 def _made_by() -> dict[str, str]:
     return {"_diffusers_version": version("diffusers")}
 
 
-def _flush(number: int, file: Any) -> None:
+def _sync(file: IO[Any]) -> None:
     file.flush()
-    os.fsync(number)
+    os.fsync(file.fileno())
 
 
 @contextmanager

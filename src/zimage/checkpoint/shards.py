@@ -1,7 +1,7 @@
 """Which safetensors files hold a component's weights, and whether they hold exactly the tensors that it needs.
 
-A component has one file, or several with an index that says which tensor is where. Everything here is decided from names
-and headers, before any value is read. Knows no torch: what a component needs comes as a mapping of names to shapes.
+A component has one file, or several with an index that says which tensor is where. All is decided from names and
+headers, before any value is read. Knows no torch: what a component needs comes as a mapping of names to shapes.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def _read_shards(index: Path) -> Weights:
         *_listed("not in the index", unlisted, lambda tensor: f" (in {places[tensor]})"),
     ]
     if problems:
-        raise CheckpointError(f"{index} does not agree with its files: {'; '.join(problems)}; download or copy them again")
+        raise CheckpointError(
+            f"{index} does not agree with its files: {'; '.join(problems)}; download or copy them again"
+        )
     return Weights(headers)
 
 
@@ -154,8 +156,8 @@ def _no_weights(place: Path, component: str) -> str:
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     if pickles:
         return (
-            f"{place} has its weights in {shown(pickles[0])} only, and pickles are never read, because they can run code; "
-            "convert them to safetensors where you trust them"
+            f"{place} has its weights in {shown(pickles[0])} only, and pickles are never read, because they can run "
+            "code; convert them to safetensors where you trust them"
         )
     others = [name for name in names if name.endswith(".safetensors")]
     came = f"only {', '.join(map(shown, others[:_EXAMPLES]))}" if others else "no safetensors file"

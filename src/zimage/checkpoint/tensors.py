@@ -69,7 +69,7 @@ def _read(
 
 
 def _read_into(file: BinaryIO, header: Header, position: int, raw: Tensor) -> None:
-    view = memoryview(raw.view(torch.uint8).numpy())
+    view = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
         file.seek(position)
         while len(view):
@@ -89,6 +89,9 @@ def _require_finite(part: Tensor, raw: Tensor, header: Header, name: str) -> Non
     if bool(torch.isfinite(raw).all()):
         largest, target = float(raw.double().abs().max()), str(part.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{where} has values up to {largest:g}, beyond the range of {target}; load with dtype='bfloat16' or 'float32'"
+            f"{where} has values up to {largest:g}, beyond the range of {target}; "
+            "load with dtype='bfloat16' or 'float32'"
         )
-    raise CheckpointError(f"{where} has values that are NaN or infinite; the file is damaged: download or copy it again")
+    raise CheckpointError(
+        f"{where} has values that are NaN or infinite; the file is damaged: download or copy it again"
+    )

@@ -1,7 +1,7 @@
 """Qwen's tokenizer from files that nobody vouches for.
 
-Every file is read and checked here, then a private copy with the known settings alone is given to transformers: what else
-lies in the folder, and what else the files ask for, is never seen by it. A chat template is looked at and never
+Every file is read and checked here, then a private copy with the known settings alone is given to transformers: what
+else lies in the folder, and what else the files ask for, is never seen by it. A chat template is looked at and never
 rendered; zimage writes Qwen's one user turn itself. Knows no models and no torch.
 """
 
@@ -18,17 +18,15 @@ from jinja2 import nodes
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from ..errors import CheckpointError
+from .configs import LEGACY_TOKENIZER_FILES, TEMPLATE_FILE, TOKENIZER_FILES
 from .fields import Field, exactly, flag, read_config, refuse
 from .reading import MAX_CONFIG, RESTORE, exists, read_json, read_text, reason, shown
 
 START, END = "<|im_start|>", "<|im_end|>"
 
-CONFIG, TOKENIZER, VOCABULARY, MERGES = "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"
-TEMPLATE = "chat_template.jinja"
-FILES = (CONFIG, TOKENIZER, VOCABULARY, MERGES, "added_tokens.json", "special_tokens_map.json", TEMPLATE)
-"""All files of a tokenizer that are read."""
+CONFIG, TOKENIZER, VOCABULARY, MERGES = TOKENIZER_FILES
 
-_LIMITS = {TOKENIZER: 64 << 20, VOCABULARY: 32 << 20, MERGES: 32 << 20, TEMPLATE: 256 << 10}
+_LIMITS = {TOKENIZER: 64 << 20, VOCABULARY: 32 << 20, MERGES: 32 << 20, TEMPLATE_FILE: 256 << 10}
 _PROBE = f"{START}user\na red fox, 红狐狸{END}\n{START}assistant\n"
 
 _TOKEN = Field(lambda value: value is None or isinstance(value, str | dict), "a token or null", None)
@@ -77,7 +75,7 @@ def _read_files(folder: Path) -> dict[str, str]:
     for text in _templates(folder / CONFIG, template):
         check_template(folder / CONFIG, text)
     files = {CONFIG: json.dumps(settings | ({"chat_template": template} if template else {}))}
-    for name in FILES:
+    for name in (*TOKENIZER_FILES, *LEGACY_TOKENIZER_FILES, TEMPLATE_FILE):
         if name == CONFIG or not exists(folder / name):
             continue
         limit = _LIMITS.get(name, MAX_CONFIG)
@@ -85,8 +83,8 @@ def _read_files(folder: Path) -> dict[str, str]:
             files[name] = json.dumps(read_json(folder / name, limit))
         else:
             files[name] = read_text(folder / name, limit)
-    if TEMPLATE in files:
-        check_template(folder / TEMPLATE, files[TEMPLATE])
+    if TEMPLATE_FILE in files:
+        check_template(folder / TEMPLATE_FILE, files[TEMPLATE_FILE])
     return files
 
 
@@ -117,7 +115,7 @@ def _templates(path: Path, template: Any) -> list[str]:
 def check_template(path: Path, text: str) -> None:
     """Refuse a chat template that is none, or reaches for more than its messages. It is parsed and never rendered."""
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
         problem = next(_template_problems(tree), None)
     except (jinja2.TemplateError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: the chat template cannot be parsed: {reason(error)}; {RESTORE}") from error

@@ -81,17 +81,17 @@ class TextEncoder:
 
     def _hidden_states(self, ids: tuple[int, ...]) -> Tensor:
         batch = torch.tensor([ids], device=self.model.device)  # (1, tokens)
-        return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+        return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]
 
 
-def without_last_layer(model: nn.Module | Any) -> Qwen3Model:
+def without_last_layer(model: Any) -> Qwen3Model:
     """A Qwen3 model, or the one inside a causal LM, less its last layer and final norm; the weights are shared.
 
     A model that this function gave is returned as it is.
     """
     inner = getattr(model, "model", model)
     if isinstance(inner.norm, nn.Identity) and not isinstance(inner.layers[-1], _Missing):
-        return inner  # type: ignore[no-any-return]
+        return inner
     return _with_layers(inner, list(inner.layers)[:-1], nn.Identity())
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from .precision import overflow_scale, residual_dtype
 from .rope import axis_rotations, rotate
@@ -71,7 +71,7 @@ class Modulation:
     final: Tensor  # (B, 1, dim)
 
 
-class ZImageTransformer(ZImageTransformer2DModel):  # type: ignore[misc]
+class ZImageTransformer(ZImageTransformer2DModel):
     """diffusers' transformer with the same weights and `forward`, and a faster way to run it (see the module)."""
 
     @classmethod
@@ -86,7 +86,7 @@ class ZImageTransformer(ZImageTransformer2DModel):  # type: ignore[misc]
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type that blocks compute in: that of the norms, which no quantisation touches."""
-        return self.cap_embedder[0].weight.dtype  # type: ignore[no-any-return]
+        return self.cap_embedder[0].weight.dtype
 
     def encode_caption(self, features: Tensor) -> Caption:
         """Refine caption features (tokens, cap_feat_dim) into a `Caption` of batch 1."""
@@ -182,9 +182,7 @@ class ZImageTransformer(ZImageTransformer2DModel):  # type: ignore[misc]
         rest = torch.ones(length, sum(self.axes_dims[1:]) // 2, dtype=first.dtype)
         return torch.cat([first, rest], dim=1).to(device)
 
-    def _run_block(
-        self, block: nn.Module | Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None
-    ) -> Tensor:
+    def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:
         scale = overflow_scale(self.compute_dtype)
         hidden = block.attention_norm1(tokens)
         if modulation is None:
@@ -222,7 +220,8 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
     query, key = rotate(query, rotations), rotate(key, rotations)
     backend = attention.processor._attention_backend
     if backend is None:
-        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, heads, N, head_dim)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     else:
         mixed = dispatch_attention_fn(query, key, value, backend=backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
@@ -236,5 +235,5 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
 def _feed_forward(feed_forward: Any, hidden: Tensor, scale: float) -> Tensor:
     gate = F.silu(feed_forward.w1(hidden))
     if scale == 1.0:
-        return feed_forward.w2(gate * feed_forward.w3(hidden))  # type: ignore[no-any-return]
-    return feed_forward.w2(gate * (feed_forward.w3(hidden) * scale)).float() / scale  # type: ignore[no-any-return]
+        return feed_forward.w2(gate * feed_forward.w3(hidden))
+    return feed_forward.w2(gate * (feed_forward.w3(hidden) * scale)).float() / scale

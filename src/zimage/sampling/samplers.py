@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -34,7 +35,7 @@ Sampler = Callable[[Velocity, Tensor, Sequence[float]], Steps]
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
     """Euler's method: first order, one evaluation a step."""
-    for index, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         slope = velocity(latents, sigma)
         denoised = latents - sigma * slope
         latents = latents + (sigma_next - sigma) * slope
@@ -44,7 +45,7 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps
 
 def heun(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
     """Heun's method: second order, two evaluations a step and one for the last (Karras et al., arXiv 2206.00364, alg. 1)."""
-    for index, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         slope = velocity(latents, sigma)
         denoised = latents - sigma * slope
         ahead = latents + (sigma_next - sigma) * slope
@@ -63,7 +64,7 @@ def dpmpp_2m(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> St
     """
     previous: Tensor | None = None
     previous_sigma = 1.0
-    for index, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = latents - sigma * velocity(latents, sigma)
         target = denoised
         if previous is not None and previous_sigma < 1 and sigma_next > 0:

@@ -1,0 +1,80 @@
+"""`zimage variants` and `zimage inspect`: which models there are, and what is in a folder. Draws nothing."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..variants import VARIANTS, Variant
+from .options import Json
+
+if TYPE_CHECKING:
+    from ..checkpoint.inspect import Inspection
+
+
+def variants(json: Json = False) -> None:
+    """List the models and what they are for."""
+    if json:
+        for variant in VARIANTS.values():
+            print(json_format.dumps({**asdict(variant), "evaluations": variant.evaluations}))
+        return
+    header = ("name", "model", "steps", "guidance", "evaluations", "negative prompt", "hub id")
+    print(_table([header, *map(_row, VARIANTS.values())]))
+    for variant in VARIANTS.values():
+        print(f"\n{variant.name}: {variant.advice}")
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint in the hub's layout.")], json: Json = False
+) -> None:
+    """Say what a checkpoint folder holds.
+
+    Weights are not loaded. Exit code 1 if there are problems, 0 if it will load.
+    """
+    from ..checkpoint.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    if json:
+        print(json_format.dumps(found.to_dict()))
+    else:
+        _print_inspection(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _print_inspection(found: Inspection) -> None:
+    shift = "" if found.shift is None else f" (shift {found.shift:g})"
+    print(f"variant: {found.variant}{shift}" if found.variant else f"variant: unknown: {found.variant_reason}")
+    rows = [("component", "class", "parameters", "size", "types", "files")]
+    for part in found.components:
+        size = f"{part.bytes / 2**20:.1f} MiB"
+        types = ", ".join(part.dtypes)
+        rows.append((part.name, part.class_name or "", f"{part.parameters:,}", size, types, str(len(part.shards))))
+    print(_table(rows))
+    print(f"fingerprint: {found.fingerprint or 'unknown'}")
+    for problem in found.problems:
+        print(f"problem: {problem}")
+
+
+def _row(variant: Variant) -> tuple[str, ...]:
+    return (
+        variant.name,
+        variant.title,
+        str(variant.num_inference_steps),
+        f"{variant.guidance_scale:g}",
+        str(variant.evaluations),
+        "yes" if variant.supports_guidance else "no",
+        variant.hub_id,
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows in columns as wide as their widest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

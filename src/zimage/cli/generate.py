@@ -1,0 +1,129 @@
+"""`zimage generate`: from the options of the command line to pictures on disk.
+
+Translates and wires; rules about options are the library's, and so are defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import Cancelled
+from ..request import ResolvedRequest, expand_requests
+from .options import (
+    MODEL_VARIABLE,
+    CacheDir,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    LocalFilesOnly,
+    Quiet,
+    check_request,
+    chosen_model,
+    known_variant,
+    read_normalization,
+    read_prompt,
+    read_size,
+)
+from .running import announce, cancel_on_interrupt, print_json, shows_progress
+from .targets import Targets, plan_targets
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing reads stdin.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help="base, turbo, a hub id or a folder.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative", "--negative-prompt", help="What to steer away from (base).")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
+    height: Annotated[int | None, typer.Option(hidden=True)] = None,
+    width: Annotated[int | None, typer.Option(hidden=True)] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance", "--guidance-scale", help="0 is off; ComfyUI's cfg is 1 more.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Drawn if not given; picture k has seed + k.")] = None,
+    num_images_per_prompt: Annotated[
+        int | None, typer.Option("--count", "-n", "--num-images-per-prompt", help="How many pictures.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File or folder; zimage-<seed>.png if not given.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
+    cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
+    cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
+    any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
+    no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Draw pictures; print the files they are written to."""
+    source = chosen_model(model)
+    options = _given(
+        negative_prompt=negative_prompt,
+        num_images_per_prompt=num_images_per_prompt,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        cfg_normalization=read_normalization(cfg_normalization),
+        cfg_truncation=cfg_truncation,
+        max_sequence_length=max_sequence_length,
+        any_size=any_size or None,
+        **read_size(size, height, width),
+    )
+    requests = expand_requests(read_prompt(prompt), **options)
+    check_request(requests[0], known_variant(source, variant))
+    targets = plan_targets(output, len(requests), overwrite=force)
+
+    from .. import ZImagePipeline
+
+    place = _given(variant=variant, dtype=dtype, device=device, revision=revision, cache_dir=cache_dir)
+    pipe = ZImagePipeline.from_pretrained(source, local_files_only=local_files_only, **place)
+    resolved = [pipe.resolve(request) for request in requests]
+    if not quiet:
+        announce(pipe, resolved)
+    _draw(pipe, resolved, targets, json=json, progress=shows_progress(quiet), embed_recipe=not no_recipe)
+
+
+def _draw(
+    pipe: Any, requests: list[ResolvedRequest], targets: Targets, *, json: bool, progress: bool, embed_recipe: bool
+) -> None:
+    """Draw one picture after the other and write each when it is done, so that Ctrl-C loses one at most."""
+    with cancel_on_interrupt() as cancel:
+        for index, request in enumerate(requests):
+            start = perf_counter()
+            try:
+                output = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)
+                seconds = perf_counter() - start
+                image = output.images[0]
+                file = targets.save(image, index, request.seed)
+            except (Cancelled, KeyboardInterrupt):
+                written = f"{index} of {len(requests)} pictures" if index else "nothing"
+                raise Cancelled(f"cancelled, {written} written") from None
+            if json:
+                recipe = image.recipe or pipe.recipe(output.requests[0], image)
+                print_json(recipe, file=str(file), seconds=seconds)
+            else:
+                print(file, flush=True)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

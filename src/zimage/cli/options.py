@@ -1,0 +1,114 @@
+"""What several commands take: the options that choose and place a model, and how texts on the command line are read.
+
+Defaults are not here: an option that is not given is `None` and is not passed on.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RequestError
+from ..request import GenerationRequest
+from ..variants import VARIANTS, Variant, detect_variant
+
+MODEL_VARIABLE = "ZIMAGE_MODEL"
+MAX_PROMPT_BYTES = 2**20
+
+
+@dataclass
+class State:
+    """What the command line as a whole was told."""
+
+    debug: bool = False
+
+
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu; the best if not given.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads, not the hub's cache.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No line about the recipe and no progress bar.")]
+
+
+def chosen_model(model: str | None) -> str:
+    """The model that was asked for; raises `RequestError` that names the choices if none was."""
+    if not model:
+        choices = ", ".join(f"{variant.name} ({variant.title})" for variant in VARIANTS.values())
+        raise RequestError(
+            f"no model was chosen; pass --model with {choices}, a hub id or a folder, or set {MODEL_VARIABLE}"
+        )
+    return model
+
+
+def known_variant(model: str, variant: str | None) -> Variant | None:
+    """The variant of a model, as far as names tell before it is loaded; errors as in `detect_variant`."""
+    hub_id = VARIANTS[model].hub_id if model in VARIANTS else model
+    if variant is None and all(known.hub_id != hub_id for known in VARIANTS.values()):
+        return None
+    return detect_variant(variant=variant, hub_id=hub_id, shift=None)
+
+
+def check_request(request: GenerationRequest, variant: Variant | None) -> None:
+    """Raise `RequestError` for a request that the variant, or every variant if it is not known, will refuse."""
+    candidates = [variant] if variant else list(VARIANTS.values())
+    errors = []
+    for candidate in candidates:
+        try:
+            request.resolve(candidate)
+            return
+        except RequestError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt given, or what stdin holds where it is `-`, or absent with stdin piped."""
+    if prompt not in (None, "-"):
+        return _unicode(prompt or "")
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise RequestError("no prompt: pass one in quotes, or pipe it in")
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise RequestError(f"the prompt on stdin is longer than {MAX_PROMPT_BYTES} bytes")
+    text = _unicode(data.decode("utf-8", "surrogateescape")).strip("\ufeff\r\n")
+    if not text.strip():
+        raise RequestError("no prompt: stdin is empty; for a picture without a prompt pass ''")
+    return text
+
+
+def read_size(size: str | None, height: int | None, width: int | None) -> dict[str, int]:
+    """`height` and `width` as far as they were given, by `1280x720` (width x height), `1024` or their own options."""
+    if size is None:
+        return {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+    if height is not None or width is not None:
+        raise RequestError("--size gives width and height; leave --height and --width out")
+    match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[xX×]\s*(\d{1,6}))?\s*", size, re.ASCII)
+    if match is None:
+        raise RequestError(f"--size must be WIDTHxHEIGHT like 1280x720, or one number for a square, got {size!r}")
+    return {"width": int(match[1]), "height": int(match[2] or match[1])}
+
+
+def read_normalization(text: str | None) -> float | bool | None:
+    """`cfg_normalization`, which is true, false or a number."""
+    words = {"true": True, "false": False}
+    if text is None or text.lower() in words:
+        return None if text is None else words[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"--cfg-normalization must be true, false or a number, got {text!r}") from None
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("the prompt is not valid UTF-8") from None
+    return text

@@ -1,0 +1,137 @@
+"""`zimage replay`: a picture made again from its file alone, and the verdict whether its bits are the same.
+
+The file may come from anyone: of a model that it names, nothing is downloaded unless it is one of the known ones.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import Cancelled, CheckpointError, RequestError
+from ..variants import VARIANTS
+from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Quiet
+from .running import announce, cancel_on_interrupt, print_json, shows_progress
+from .targets import plan_targets, save_picture
+
+if TYPE_CHECKING:
+    from ..files.recipe import Recipe
+    from ..pipeline import ZImagePipeline
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_THREADS = 256
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="A PNG with a recipe.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this file too.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Use this model, not the one recorded.")] = None,
+    device: Device = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Make a picture again from its file.
+
+    Says whether it has the same bits (exit code 0) or not (1), and then what is not as it was.
+    """
+    from ..files.png import read_recipe
+
+    recipe = read_recipe(file)
+    if not recipe.replayable:
+        raise RequestError(f"{file} was made from {', '.join(recipe.given)}, which the file does not hold")
+    if output is not None and output.is_dir():
+        output = output / file.name
+    if output is not None:
+        plan_targets(output, 1, overwrite=force)
+    pipe = _load(recipe, model, device, cache_dir=cache_dir, local_files_only=local_files_only)
+    request = pipe.resolve(recipe.request)
+    if not quiet:
+        announce(pipe, [request])
+    start = perf_counter()
+    with cancel_on_interrupt() as cancel:
+        try:
+            result = pipe.replay(recipe, cancel=cancel, progress=shows_progress(quiet))
+            seconds = perf_counter() - start
+            if output is not None:
+                save_picture(result.image, output, overwrite=force)
+        except (Cancelled, KeyboardInterrupt):
+            raise Cancelled("cancelled, nothing written") from None
+    edited = _is_edited(file, recipe)
+    found = [f"the picture in {file} was changed after it was made"] * edited + list(result.differences)
+    same = result.same_bits and not edited
+    if json:
+        verdict = {"output": None if output is None else str(output), "same_bits": same, "differences": found}
+        print_json(pipe.recipe(result.request, result.image), seconds=seconds, file=str(file), **verdict)
+    else:
+        _print_verdict(same, found, output)
+    if not same:
+        raise typer.Exit(1)
+
+
+def _load(
+    recipe: Recipe, model: str | None, device: str | None, *, cache_dir: Path | None, local_files_only: bool
+) -> ZImagePipeline:
+    """The model that the recipe was made with, or `model`, placed as it was then as far as this machine can."""
+    source = model or recipe.model["source"]
+    if not source:
+        raise RequestError("the file does not say which model it was made with; pass --model")
+    if not model and source.startswith(("\\\\", "//")):
+        raise RequestError(f"the file names a model on another machine, {source}; pass --model if that is right")
+    trusted = bool(model) or any(source == variant.hub_id for variant in VARIANTS.values())
+    recorded = recipe.model["revision"]
+    revision = recorded if not model and re.fullmatch(r"[0-9a-f]{40}", recorded) else None
+    dtype = recipe.runtime.get("dtype", "")
+    _use_threads(recipe)
+
+    from .. import ZImagePipeline
+
+    try:
+        return ZImagePipeline.from_pretrained(
+            source,
+            variant=recipe.request.variant,
+            dtype=dtype if dtype in _DTYPES else None,
+            device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only or not trusted,
+        )
+    except CheckpointError as error:
+        if trusted or local_files_only:
+            raise
+        raise CheckpointError(f"{error}; the file names this model: pass --model to download it") from None
+
+
+def _use_threads(recipe: Recipe) -> None:
+    """Compute with as many CPU threads as then: sums are split by thread, so the bits depend on it."""
+    threads = recipe.runtime.get("threads", "")
+    if re.fullmatch(r"[0-9]{1,3}", threads) and 1 <= int(threads) <= _MAX_THREADS:
+        import torch
+
+        torch.set_num_threads(int(threads))
+
+
+def _is_edited(file: Path, recipe: Recipe) -> bool:
+    """Whether another program changed the picture and left the recipe in the file."""
+    from PIL import Image
+
+    from ..files.recipe import pixel_digest
+
+    with Image.open(file) as image:
+        return pixel_digest(image) != recipe.pixels
+
+
+def _print_verdict(same: bool, found: list[str], output: Path | None) -> None:
+    if output is not None:
+        print(output)
+    print("same bits" if same else "not the same bits")
+    for sentence in found:
+        print(f"  {sentence}")
+    if not same and not found:
+        print("  nothing that the recipe records is different")
