@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,8 @@ class StepHook:
             return None
         if not callable(callback):
             raise RequestError(f"callback_on_step_end must be callable, got {type(callback).__name__}")
-        unknown = [name for name in names if name not in CALLBACK_TENSORS]
-        if unknown or isinstance(names, str):
+        listed = isinstance(names, Collection) and not isinstance(names, str)
+        if not listed or any(name not in CALLBACK_TENSORS for name in names):
             raise RequestError(
                 f"callback_on_step_end_tensor_inputs must be a list out of {', '.join(CALLBACK_TENSORS)}; got {names!r}"
             )

@@ -36,7 +36,7 @@ class NoiseLevel:
 
 @dataclass
 class Preparation:
-    """What pictures share: refined captions by features, positions by size, noise levels by schedule. Lives for a call."""
+    """What the pictures of a call share: refined captions by features, positions by size, noise levels by schedule."""
 
     transformer: ZImageTransformer
     captions: dict[int, tuple[Tensor, Caption]] = field(default_factory=dict)

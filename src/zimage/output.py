@@ -1,4 +1,4 @@
-"""What a call hands back: pictures with their requests, steps of a stream, the verdict of a replay. Plain containers."""
+"""What a call hands back: pictures with their requests, steps of a stream, a replay's verdict. Plain containers."""
 
 from __future__ import annotations
 

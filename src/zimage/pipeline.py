@@ -164,7 +164,7 @@ class ZImagePipeline:
         precision = self.dtype if dtype is None else choose_dtype(dtype, place)
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
-                module.to(device=place, dtype=precision)
+                torch.nn.Module.to(module, device=place, dtype=precision)  # diffusers' own `to` logs a warning
             self.text_encoder.forget()
         return self
 
@@ -242,11 +242,11 @@ class ZImagePipeline:
         check_output_type(output_type)
         if joint_attention_kwargs:
             raise RequestError("joint_attention_kwargs scales adapters and none is attached; leave it out")
+        hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         requests = resolve_call(
             prompt, options, num_images_per_prompt, generator, resolve=self.resolve, latent_shape=self._latent_shape
         )
         check_stackable(requests, output_type)
-        hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         tokens = tokenize(requests, self.text_encoder)
         with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
             call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)

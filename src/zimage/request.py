@@ -78,8 +78,8 @@ class GenerationRequest:
         limits = limits or Limits()
         height, width = resolve_size(self, variant, limits)
         sigmas = resolve_sigmas(self.sigmas)
-        guidance = resolve_guidance(self, variant)
         prompt, negative_prompt = resolve_texts(self)
+        guidance = resolve_guidance(self, variant)
         sampler = variant.sampler if self.sampler is None else self.sampler
         if sampler not in SAMPLERS:
             raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")

@@ -93,9 +93,11 @@ def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -
 def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:
     if sigmas is None:
         return ()
-    if not hasattr(sigmas, "__iter__"):
-        raise RequestError(f"sigmas must be a list of numbers, got {shown(sigmas)}")
-    levels = tuple(number("each of sigmas", sigma, 0.0, 1.0) for sigma in sigmas)
+    try:
+        given = tuple(sigmas)
+    except TypeError:
+        raise RequestError(f"sigmas must be a list of numbers, got {shown(sigmas)}") from None
+    levels = tuple(number("each of sigmas", sigma, 0.0, 1.0) for sigma in given)
     if not levels or len(levels) > MAX_STEPS:
         raise RequestError(f"sigmas must have 1 to {MAX_STEPS} entries, got {len(levels)}")
     if levels[-1] == 0:

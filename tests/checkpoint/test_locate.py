@@ -1,16 +1,21 @@
+from __future__ import annotations
+
 import json
 import shutil
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from fake_hub import COMMIT, Hub, Locator
 
 from zimage.checkpoint.load import load_components
 from zimage.checkpoint.locate import Location, locate
 from zimage.errors import CheckpointError
 from zimage.testing import build_checkpoint
+
+if TYPE_CHECKING:
+    from conftest import Hub, Locator
 
 CONFIGS = [
     *("model_index.json", "scheduler/scheduler_config.json"),
@@ -97,7 +102,7 @@ def test_only_needed_files_are_downloaded_and_only_once(copy: Path, hub: Hub, lo
     hub.files = copy
     first = locate_anew()
     assert first.error is None
-    assert (first.hub_id, first.revision, first.torch_was_loaded) == ("org/model", COMMIT, False)
+    assert (first.hub_id, first.revision, first.torch_was_loaded) == ("org/model", hub.commit, False)
     assert sorted(set(hub.asked("GET"))) == sorted(CONFIGS + TOKENIZER + WEIGHTS)
     probed = set(hub.asked()) - set(hub.asked("GET"))
     assert all(
@@ -112,7 +117,7 @@ def test_only_needed_files_are_downloaded_and_only_once(copy: Path, hub: Hub, lo
     assert hub.requests == [("HEAD", "model_index.json")]
 
     hub.requests.clear()
-    assert locate_anew(revision=COMMIT) == first
+    assert locate_anew(revision=hub.commit) == first
     assert locate_anew(env={"HF_HUB_OFFLINE": "1"}) == first
     assert locate_anew(local_files_only=True) == first
     assert hub.requests == []
@@ -141,8 +146,8 @@ def test_exactly_the_shards_of_the_index_are_downloaded(tmp_path: Path, hub: Hub
 @pytest.mark.parametrize("place", ["HF_HUB_CACHE", "cache_dir"])
 def test_the_place_of_the_cache_is_honoured(place: str, hub: Hub, locate_anew: Locator, tmp_path: Path) -> None:
     cache = str(tmp_path / "elsewhere")
-    outcome = locate_anew(env={place: cache}) if place.isupper() else locate_anew(**{place: cache})
-    assert str(outcome.folder).startswith(f"{cache}/models--org--model/snapshots/{COMMIT}")
+    outcome = locate_anew(env={place: cache}) if place == "HF_HUB_CACHE" else locate_anew(cache_dir=cache)
+    assert str(outcome.folder).startswith(f"{cache}/models--org--model/snapshots/{hub.commit}")
     refused = locate_anew(local_files_only=True)
     assert "model_index.json of org/model is not in the cache" in str(refused.error)
     assert str(tmp_path / "home" / "hub") in str(refused.error)
@@ -260,4 +265,4 @@ def test_a_repository_without_weights_says_which_file_it_lacks(copy: Path, hub: 
     hub.files = copy
     outcome = locate_anew()
     assert "has no vae/diffusion_pytorch_model.safetensors" in str(outcome.error)
-    assert str(outcome.error).startswith(f"org/model at {COMMIT}")
+    assert str(outcome.error).startswith(f"org/model at {hub.commit}")

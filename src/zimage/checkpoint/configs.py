@@ -86,7 +86,7 @@ _TEXT_ENCODER_FIELDS: dict[str, Field] = {
     "hidden_act": exactly("silu", default="silu"),
     "max_position_embeddings": integer(512, 1 << 24, 32768),
     "rms_norm_eps": number(0, 1, 1e-6),
-    "rope_theta": number(0, 1e12, None),
+    "rope_theta": number(0, 1e12, None, optional=True),
     "rope_parameters": Field(lambda value: value is None or isinstance(value, dict), "an object or null", None),
     "rope_scaling": Field(lambda value: value is None or isinstance(value, dict), "an object or null", None),
     "attention_bias": flag(False),

@@ -64,16 +64,20 @@ def load_components(
 @torch.inference_mode(False)
 def _load(found: Survey, dtype: torch.dtype, device: torch.device) -> Components:
     configs = found.configs
-    assert configs.text_encoder is not None and configs.shift is not None  # the survey found no errors
+    assert configs.text_encoder is not None  # the survey found no errors
+    assert configs.shift is not None
     for component in PARTS:
         blank = found.blanks[component]
         fill(blank.module, found.weights[component], blank.targets, dtype=dtype, device=device)
+    vae = found.blanks["vae"].module
+    if dtype != torch.float32:  # decodes 2.7 times faster in bfloat16 on a CPU, and half as fast in float32
+        vae.to(memory_format=torch.channels_last)
     return Components(
         tokenizer=found.tokenizer,
         text_encoder=found.blanks["text_encoder"].module,
         text_encoder_layers=configs.text_encoder["num_hidden_layers"],
         transformer=found.blanks["transformer"].module,
-        vae=found.blanks["vae"].module,
+        vae=vae,
         shift=configs.shift,
         folder=found.folder,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from .shards import index_name, read_weights, single_name
 from .survey import survey
 
 _COPY = 16 << 20
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,15 +46,16 @@ def save_components(
     Raises `RequestError` for a folder that is in use and `CheckpointError` for components that are no plain model.
     """
     target = Path(folder).expanduser()
+    shard_bytes = _bytes(max_shard_size)
     if exists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise RequestError(f"{target} exists and is not an empty folder; choose another, or delete it first")
     with _whole_or_nothing(target) as partial:
         _write_configs(components, partial)
         for name, module in (("transformer", components.transformer), ("vae", components.vae)):
             config = {key: value for key, value in module.config.items() if not key.startswith("_")}
-            _write_part(partial, name, module, config, max_shard_size)
+            _write_part(partial, name, module, config, shard_bytes)
         if components.folder is None:
-            _write_text_encoder(components, partial, max_shard_size)
+            _write_text_encoder(components, partial, shard_bytes)
         else:
             _copy_text_encoder(components.folder, partial)
         survey(partial).require()
@@ -66,9 +69,7 @@ def _write_configs(components: Components, folder: Path) -> None:
     _write_json(folder / SCHEDULER, {"_class_name": CLASSES["scheduler"][1][0], **_made_by(), **scheduler})
 
 
-def _write_part(
-    folder: Path, component: str, module: nn.Module, config: dict[str, Any], max_shard_size: int | str
-) -> None:
+def _write_part(folder: Path, component: str, module: nn.Module, config: dict[str, Any], shard_bytes: int) -> None:
     plain = {name: list(shape) if isinstance(shape, tuple) else shape for name, shape in config.items()}
     _write_json(folder / component / "config.json", {"_class_name": CLASSES[component][1][0], **_made_by(), **plain})
     expected = build(component, plain, ()).needed
@@ -79,14 +80,14 @@ def _write_part(
             f"the {component} is no plain model: {len(odd)} of its tensors differ, such as {odd[0]!r}; "
             "detach adapters and load it without quantisation or offloading before saving"
         )
-    _write_weights(folder / component, component, state, max_shard_size)
+    _write_weights(folder / component, component, state, shard_bytes)
 
 
 def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return tuple(tensor.shape) == shape and tensor.dtype in _DTYPES and not tensor.is_meta
 
 
-def _write_text_encoder(components: Components, folder: Path, max_shard_size: int | str) -> None:
+def _write_text_encoder(components: Components, folder: Path, shard_bytes: int) -> None:
     config = components.text_encoder.config
     kept = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -101,7 +102,7 @@ def _write_text_encoder(components: Components, folder: Path, max_shard_size: in
     }
     _write_json(folder / "text_encoder" / "config.json", described)
     state = components.text_encoder.state_dict()
-    _write_weights(folder / "text_encoder", "text_encoder", state, max_shard_size)
+    _write_weights(folder / "text_encoder", "text_encoder", state, shard_bytes)
     components.tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -128,13 +129,10 @@ def _copy(source: Path, target: Path) -> None:
         raise CheckpointError(f"{source} cannot be copied to {target}: {reason(error)}") from error
 
 
-def _write_weights(place: Path, component: str, state: dict[str, Tensor], max_shard_size: int | str) -> None:
+def _write_weights(place: Path, component: str, state: dict[str, Tensor], shard_bytes: int) -> None:
     place.mkdir(exist_ok=True)
     pattern = single_name(component).replace(".safetensors", "{suffix}.safetensors")
-    try:
-        plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"max_shard_size must be bytes or like '5GB', got {max_shard_size!r}") from error
+    plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=shard_bytes)
     for name, tensors in plan.filename_to_tensors.items():
         shard = {tensor: state[tensor].detach().to("cpu").contiguous() for tensor in tensors}
         save_file(shard, place / name, metadata={"format": "pt"})
@@ -150,6 +148,14 @@ def _write_json(path: Path, config: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2) + "\n")
         _sync(file)
+
+
+def _bytes(size: object) -> int:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT]?)B", size) if isinstance(size, str) else None
+    amount = int(float(found[1]) * _UNITS[found[2]]) if found else size
+    if type(amount) is not int or amount < 1:
+        raise RequestError(f"max_shard_size must be bytes or like '5GB', got {size!r}")
+    return amount
 
 
 def _made_by() -> dict[str, str]:

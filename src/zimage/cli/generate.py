@@ -5,9 +5,10 @@ Translates and wires; rules about options are the library's, and so are defaults
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +32,9 @@ from .options import (
 )
 from .running import announce, cancel_on_interrupt, print_json, shows_progress
 from .targets import Targets, plan_targets
+
+if TYPE_CHECKING:
+    from ..pipeline import ZImagePipeline
 
 
 def generate(
@@ -97,29 +101,34 @@ def generate(
     place = _given(variant=variant, dtype=dtype, device=device, revision=revision, cache_dir=cache_dir)
     pipe = ZImagePipeline.from_pretrained(source, local_files_only=local_files_only, **place)
     resolved = [pipe.resolve(request) for request in requests]
-    if not quiet:
-        announce(pipe, resolved)
-    _draw(pipe, resolved, targets, json=json, progress=shows_progress(quiet), embed_recipe=not no_recipe)
+    _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 
 
 def _draw(
-    pipe: Any, requests: list[ResolvedRequest], targets: Targets, *, json: bool, progress: bool, embed_recipe: bool
+    pipe: ZImagePipeline,
+    requests: Sequence[ResolvedRequest],
+    targets: Targets,
+    *,
+    json: bool,
+    quiet: bool,
+    embed_recipe: bool,
 ) -> None:
     """Draw one picture after the other and write each when it is done, so that Ctrl-C loses one at most."""
+    progress = shows_progress(quiet)
     with cancel_on_interrupt() as cancel:
+        if not quiet:
+            announce(pipe, requests)
         for index, request in enumerate(requests):
             start = perf_counter()
             try:
-                output = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)
+                (image,) = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)[0]
                 seconds = perf_counter() - start
-                image = output.images[0]
                 file = targets.save(image, index, request.seed)
             except (Cancelled, KeyboardInterrupt):
                 written = f"{index} of {len(requests)} pictures" if index else "nothing"
                 raise Cancelled(f"cancelled, {written} written") from None
             if json:
-                recipe = image.recipe or pipe.recipe(output.requests[0], image)
-                print_json(recipe, file=str(file), seconds=seconds)
+                print_json(pipe.recipe(request, image), file=str(file), seconds=seconds)
             else:
                 print(file, flush=True)
 

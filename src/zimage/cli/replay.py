@@ -52,10 +52,10 @@ def replay(
         plan_targets(output, 1, overwrite=force)
     pipe = _load(recipe, model, device, cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(recipe.request)
-    if not quiet:
-        announce(pipe, [request])
     start = perf_counter()
     with cancel_on_interrupt() as cancel:
+        if not quiet:
+            announce(pipe, [request])
         try:
             result = pipe.replay(recipe, cancel=cancel, progress=shows_progress(quiet))
             seconds = perf_counter() - start

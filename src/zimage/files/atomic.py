@@ -65,7 +65,7 @@ def _target(path: AnyPath, *, overwrite: bool) -> tuple[Path, int | None]:
     name = os.fsdecode(path)
     if not name or "\0" in name:
         raise FileError(f"{name!r} is no name for a file")
-    target = Path(os.path.realpath(name) if overwrite else name)
+    target = Path(os.path.realpath(name) if overwrite and os.path.islink(name) else name)
     folder, mode = _mode(target.parent), _mode(target)
     if folder is None:
         raise FileError(f"cannot write {name}: there is no folder {target.parent}; create it first")

@@ -43,7 +43,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX); emulation is slower than float32."""
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX): emulated, float32 is faster."""
     return any(
         probe()
         for probe in (

@@ -20,6 +20,6 @@ def axis_rotations(positions: Tensor, size: int, theta: float) -> Tensor:
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring channels of `heads` (B, N, heads, head_dim) by `rotations` (B or 1, N, head_dim / 2)."""
+    """Rotate neighbouring pairs of channels of `heads` (B, N, heads, head_dim) by `rotations` (1 or B, N, half)."""
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))  # (B, N, heads, head_dim / 2)
     return torch.view_as_real(pairs * rotations.unsqueeze(2)).flatten(3).type_as(heads)

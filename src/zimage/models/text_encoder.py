@@ -31,7 +31,7 @@ _PROMPT_START = TEMPLATE.index("{prompt}")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A templated prompt as token ids: those that are kept, how many there were, and the text of the prompt that is cut."""
+    """A templated prompt as token ids: those kept, how many there were, and the text of the prompt that is cut."""
 
     ids: tuple[int, ...]
     total: int

@@ -25,7 +25,7 @@ from .rope import axis_rotations, rotate
 PATCH = 2
 """Latent pixels per side of an image token."""
 TOKEN_MULTIPLE = 32
-"""Image tokens and caption tokens are each filled up to a multiple of this with a learned pad token, which is attended."""
+"""Image tokens and caption tokens are each filled up to a multiple of this with a learned pad, which is attended."""
 
 BlockModulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """attention scale, attention gate, feed-forward scale, feed-forward gate; each (B, 1, dim)."""
@@ -126,9 +126,19 @@ class ZImageTransformer(ZImageTransformer2DModel):
     def modulations(self, timesteps: Tensor) -> tuple[Modulation, ...]:
         """One `Modulation` for each row of `timesteps` (steps,) or (steps, B): model times `1 − sigma` in [0, 1].
 
-        Rows are computed one by one, so that a noise level gives the same bits in any schedule.
+        Linear layers see one row at a time, so that a noise level gives the same bits in any schedule.
         """
-        return tuple(self._modulation(row.reshape(-1)) for row in timesteps)
+        embeddings = [
+            self.t_embedder(row.reshape(-1) * self.t_scale).to(self.compute_dtype)  # (B, width)
+            for row in timesteps
+        ]
+        by_block = [
+            _block_modulations(torch.stack([block.adaLN_modulation(embedding) for embedding in embeddings]))
+            for block in chain(self.noise_refiner, self.layers)
+        ]
+        final_layer = self.all_final_layer[_PATCH_KEY].adaLN_modulation
+        final = 1.0 + torch.stack([final_layer(embedding) for embedding in embeddings]).unsqueeze(2)
+        return tuple(Modulation(blocks, last) for blocks, last in zip(zip(*by_block, strict=True), final, strict=True))
 
     def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
         """Latents (B, C, H, W) to refined image tokens (B, padded, dim): the part that no caption enters.
@@ -167,15 +177,6 @@ class ZImageTransformer(ZImageTransformer2DModel):
         patches = patches.unflatten(1, (grid.rows, grid.columns)).unflatten(3, (PATCH, PATCH, -1))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
-    def _modulation(self, timestep: Tensor) -> Modulation:
-        embedding = self.t_embedder(timestep * self.t_scale).to(self.compute_dtype)  # (B, width)
-        blocks = []
-        for block in chain(self.noise_refiner, self.layers):
-            parts = block.adaLN_modulation(embedding).unsqueeze(1).chunk(4, dim=2)  # 4 × (B, 1, dim)
-            blocks.append((1.0 + parts[0], parts[1].tanh(), 1.0 + parts[2], parts[3].tanh()))
-        final = 1.0 + self.all_final_layer[_PATCH_KEY].adaLN_modulation(embedding)
-        return Modulation(tuple(blocks), final.unsqueeze(1))
-
     def _caption_rotations(self, length: int, device: torch.device) -> Tensor:
         positions = torch.arange(1, length + 1)
         first = axis_rotations(positions, self.axes_dims[0], self.rope_theta)  # (length, axis / 2)
@@ -206,6 +207,13 @@ _PATCH_KEY = f"{PATCH}-1"
 
 def _padded(length: int) -> int:
     return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:
+    """Rows (steps, B, 4 · dim) of one block's modulation layer, by step."""
+    attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = rows.unsqueeze(2).chunk(4, dim=3)
+    parts = (1.0 + attention_scale, attention_gate.tanh(), 1.0 + feed_forward_scale, feed_forward_gate.tanh())
+    return tuple(zip(*parts, strict=True))
 
 
 def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class SamplerStep:
-    """One step taken: `latents` now at `sigma_next`, and `denoised`, the image predicted at `sigma`; both (B, C, H, W)."""
+    """A step taken: `latents` at `sigma_next`, and `denoised`, the image predicted at `sigma`; both (B, C, H, W)."""
 
     index: int
     sigma: float
@@ -44,7 +44,7 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps
 
 
 def heun(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
-    """Heun's method: second order, two evaluations a step and one for the last (Karras et al., arXiv 2206.00364, alg. 1)."""
+    """Heun's method: second order, two evaluations a step and one for the last (arXiv 2206.00364, algorithm 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         slope = velocity(latents, sigma)
         denoised = latents - sigma * slope

@@ -1,0 +1,221 @@
+import json
+import os
+import pty
+import signal
+import subprocess
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from zimage import ZImagePipeline, read_recipe
+from zimage.cli.running import cancel_on_interrupt, evaluations
+from zimage.files.recipe import pixel_digest
+from zimage.request import GenerationRequest
+from zimage.variants import BASE
+
+Process = Callable[..., "subprocess.Popen[bytes]"]
+SMALL = ("--size", "256", "--steps", "2", "--dtype", "float32", "--device", "cpu")
+
+
+def test_a_picture_is_what_the_library_makes(zimage: Callable[..., Any], turbo: str) -> None:
+    ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", *SMALL)
+    assert (ended.code, ended.out) == (0, "zimage-7.png\n")
+    assert ended.err == "zimage: turbo, 2 steps, guidance 0, 256x256, seed 7, float32 on cpu\n"
+    pipe = ZImagePipeline.from_pretrained(turbo, dtype="float32", device="cpu")
+    expected = pipe("a fox", seed=7, height=256, width=256, num_inference_steps=2, progress=False).images[0]
+    assert pixel_digest(Image.open("zimage-7.png")) == pixel_digest(expected)
+    assert read_recipe("zimage-7.png") == expected.recipe
+
+
+def test_every_option_arrives(zimage: Callable[..., Any], base: str) -> None:
+    options = (
+        *("--negative", "blurry", "--size", "256x288", "--num-inference-steps", "3", "--guidance-scale", "2.5"),
+        *("--sampler", "heun", "--cfg-normalization", "true", "--cfg-truncation", "0.5", "--max-sequence-length", "99"),
+        *("--variant", "base", "--dtype", "float32", "--device", "cpu", "-n", "2", "--seed", "7", "--json", "--quiet"),
+    )
+    ended = zimage("generate", "a fox", "--model", base, "-o", "a.png", *options)
+    assert (ended.code, ended.err) == (0, "")
+    reports = [json.loads(line) for line in ended.out.splitlines()]
+    assert [report["file"] for report in reports] == ["a-1.png", "a-2.png"]
+    assert [report["request"]["seed"] for report in reports] == [7, 8]
+    for report in reports:
+        assert list(report) == ["file", "request", "model", "runtime", "pixels", "seconds", "evaluations"]
+        assert report["request"] | {"seed": 0} == {
+            "variant": "base",
+            "prompt": "a fox",
+            "negative_prompt": "blurry",
+            "height": 288,
+            "width": 256,
+            "num_inference_steps": 3,
+            "guidance_scale": 2.5,
+            "cfg_normalization": 1.0,
+            "cfg_truncation": 0.5,
+            "seed": 0,
+            "sampler": "heun",
+            "shift": 6.0,
+            "sigmas": [],
+            "max_sequence_length": 99,
+        }
+        assert report["runtime"]["dtype"] == "float32"
+        assert report["pixels"] == pixel_digest(Image.open(report["file"])) == read_recipe(report["file"]).pixels
+        assert report["evaluations"] == 10
+        assert 0 < report["seconds"] < 60
+
+
+def test_what_is_not_given_is_the_models_recipe(zimage: Callable[..., Any], base: str, turbo: str) -> None:
+    for model, steps, guidance in ((base, 50, 4.0), (turbo, 8, 0.0)):
+        report = json.loads(zimage("generate", "a fox", "-m", model, "--size", "256", "--json").out)
+        assert (report["request"]["num_inference_steps"], report["request"]["guidance_scale"]) == (steps, guidance)
+        assert report["evaluations"] == (100 if model == base else 8)
+        assert report["file"] == f"zimage-{report['request']['seed']}.png"
+
+
+def test_any_size_and_no_recipe(zimage: Callable[..., Any], turbo: str) -> None:
+    arguments = ("generate", "a fox", "-m", turbo, "--height", "16", "--width", "32", "--steps", "1", "-o", "a.png")
+    assert zimage(*arguments).code == 2
+    report = json.loads(zimage(*arguments, "--any-size", "--no-recipe", "--json").out)
+    with Image.open("a.png") as image:
+        assert (image.size, image.info) == ((32, 16), {})
+        assert report["pixels"] == pixel_digest(image)
+
+
+def test_the_model_may_come_from_the_environment(
+    zimage: Callable[..., Any], turbo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZIMAGE_MODEL", turbo)
+    assert zimage("generate", "a fox", *SMALL, "-o", "a.png").out == "a.png\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "turbo", "--guidance", "3"], "guidance_scale must be 0 for Z-Image-Turbo"),
+        (["--model", "base", "--guidance", "nan"], "guidance_scale must be a number"),
+        (["--model", "turbo", "--negative", "x"], "a negative prompt has no effect"),
+        (["--model", "turbo", "--seed", "-1"], "seed must be"),
+        (["--model", "turbo", "--count", "0"], "num_images_per_prompt must be"),
+        (["--model", "turbo", "--sampler", "ddim"], "sampler must be one of"),
+        (["--model", "folder", "--size", "1000"], "try 992 or 1008"),
+        (["--model", "turbo", "--size", "big"], "--size must be"),
+        (["--model", "turbo", "-o", "there.png"], "(--force)"),
+        (["--model", "turbo", "-o", "a.xyz"], ".xyz is no image format"),
+        (["--model", "turbo", "--variant", "flux"], "variant must be one of"),
+        ([], "no model was chosen"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_loading(
+    zimage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be loaded")
+
+    (tmp_path / "there.png").touch()
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", loads)
+    ended = zimage("generate", "a fox", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_had_is_one_line(zimage: Callable[..., Any]) -> None:
+    ended = zimage("generate", "a fox", "-m", "./nothing")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("zimage: ")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_prompt_that_is_cut_is_a_warning(process: Process, turbo: str) -> None:
+    with process("generate", "-m", turbo, *SMALL, "--max-sequence-length", "20", "-o", "a.png", "-q") as started:
+        out, err = started.communicate(b"one two three four five six seven eight nine ten eleven twelve\n")
+    assert (started.returncode, out) == (0, b"a.png\n")
+    assert err.startswith(b"zimage: warning: the prompt has ")
+    assert err.count(b"\n") == 1
+
+
+def test_progress_is_shown_on_a_terminal_only(process: Process, turbo: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    with process("generate", "a fox", "-m", turbo, *SMALL, "-o", "a.png", stderr=theirs) as started:
+        os.close(theirs)
+        shown = b""
+        while data := _read(ours):
+            shown += data
+        out, _ = started.communicate()
+    assert (started.returncode, out) == (0, b"a.png\n")
+    assert b"seed " in shown
+    assert b"2/2" in shown
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_interrupting_stops_between_steps_and_writes_nothing(process: Process, turbo: str, tmp_path: Path) -> None:
+    arguments = ("-m", turbo, "--size", "256", "--steps", "1000", "--sampler", "heun", "-o", "a.png")
+    with process("generate", "a fox", *arguments) as started:
+        assert b"1000 steps of heun" in started.stderr.readline()  # type: ignore[union-attr]
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    assert (started.returncode, out) == (130, b"")
+    assert err.endswith(b"\nzimage: cancelled, nothing written\n")
+    assert b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupting_later_keeps_the_pictures_that_are_done(process: Process, turbo: str, tmp_path: Path) -> None:
+    arguments = ("-m", turbo, *SMALL, "--seed", "7", "-n", "1000", "--quiet")
+    with process("generate", "a fox", *arguments) as started:
+        assert started.stdout.readline() == b"zimage-7.png\n"  # type: ignore[union-attr]
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    written = 1 + out.count(b"\n")
+    assert started.returncode == 130
+    assert err.endswith(f"\nzimage: cancelled, {written} of 1000 pictures written\n".encode())
+    assert len(list(tmp_path.iterdir())) == written
+    assert read_recipe(tmp_path / f"zimage-{6 + written}.png").request.seed == 6 + written
+
+
+def test_the_first_interrupt_asks_the_second_insists(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with cancel_on_interrupt() as event:
+        assert not event.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Ctrl-C again" in capfd.readouterr().err
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cancel_on_interrupt() as event:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not event.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"guidance_scale": 0}, 10),
+        ({}, 20),
+        ({"sampler": "dpmpp_2m"}, 20),
+        ({"sampler": "heun", "guidance_scale": 0}, 19),
+        ({"sampler": "heun"}, 38),
+        ({"cfg_truncation": 0.0}, 11),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 2}, 4),
+    ],
+)
+def test_evaluations(asked: dict[str, Any], expected: int) -> None:
+    request = GenerationRequest("a fox", **{"num_inference_steps": 10, **asked}).resolve(BASE)
+    assert evaluations(request) == expected

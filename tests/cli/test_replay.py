@@ -1,0 +1,193 @@
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from zimage import ZImagePipeline, read_recipe
+from zimage.files.png import Picture, save_png
+from zimage.files.recipe import Recipe, pixel_digest
+
+
+@pytest.fixture(scope="session")
+def drawn(models: Path) -> Picture:
+    """A picture in bfloat16 with guidance, three steps."""
+    pipe = ZImagePipeline.from_pretrained(models / "my-base", dtype="bfloat16", device="cpu")
+    image = pipe("ein Fuchs", seed=7, height=256, width=256, num_inference_steps=3, progress=False).images[0]
+    assert isinstance(image, Picture)
+    return image
+
+
+@pytest.fixture
+def file(drawn: Picture, tmp_path: Path) -> Path:
+    drawn.save(tmp_path / "fox.png")
+    return tmp_path / "fox.png"
+
+
+def recipe_of(image: Picture) -> Recipe:
+    assert image.recipe is not None
+    return image.recipe
+
+
+def test_a_picture_comes_out_the_same_from_its_file_alone(process: Callable[..., Any], file: Path) -> None:
+    with process("replay", file.name, "-o", "again.png") as started:
+        out, err = started.communicate()
+    assert started.returncode == 0, err
+    assert out == b"again.png\nsame bits\n"
+    assert err == b"zimage: base, 3 steps, guidance 4, 256x256, seed 7, bfloat16 on cpu\n"
+    assert (file.parent / "again.png").read_bytes() == file.read_bytes()
+
+
+def test_replay_as_json(zimage: Callable[..., Any], file: Path) -> None:
+    ended = zimage("replay", file, "--json", "-q")
+    assert (ended.code, ended.err) == (0, "")
+    report = json.loads(ended.out)
+    assert list(report)[:4] == ["file", "output", "same_bits", "differences"]
+    assert (report["output"], report["same_bits"], report["differences"]) == (None, True, [])
+    assert report["pixels"] == read_recipe(file).pixels
+    assert report["evaluations"] == 6
+    assert [path.name for path in file.parent.iterdir()] == ["fox.png"]
+
+
+def test_other_bits_are_told_with_what_differs(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path) -> None:
+    other = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    recipe = recipe_of(drawn)
+    runtime = {**recipe.runtime, "torch": "2.6.0"}
+    save_png(other, tmp_path / "a.png", replace(recipe, pixels=pixel_digest(other), runtime=runtime))
+    ended = zimage("replay", tmp_path / "a.png", "-q")
+    assert ended.code == 1
+    assert ended.out == f"not the same bits\n  torch was 2.6.0, here it is {torch.__version__}\n"
+    save_png(other, tmp_path / "b.png", replace(recipe, pixels=pixel_digest(other)))
+    ended = zimage("replay", tmp_path / "b.png", "-q")
+    assert (ended.code, ended.out) == (1, "not the same bits\n  nothing that the recipe records is different\n")
+
+
+def test_a_picture_edited_by_another_program_is_not_the_same(
+    zimage: Callable[..., Any], drawn: Picture, tmp_path: Path
+) -> None:
+    edited = drawn.copy()
+    ImageDraw.Draw(edited).line((0, 0, 9, 9), "red")
+    save_png(edited, tmp_path / "a.png", recipe_of(drawn))
+    ended = zimage("replay", "a.png", "-q")
+    assert (ended.code, ended.out) == (1, "not the same bits\n  the picture in a.png was changed after it was made\n")
+
+
+def test_dtype_device_and_threads_are_those_of_the_file(
+    zimage: Callable[..., Any], drawn: Picture, tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    recorded = recipe_of(drawn)
+    recipe = replace(recorded, runtime={**recorded.runtime, "threads": "1", "dtype": "float32"})
+    save_png(drawn, tmp_path / "a.png", recipe)
+    try:
+        report = json.loads(zimage("replay", "a.png", "--json").out)
+    finally:
+        torch.set_num_threads(threads)
+    assert report["runtime"]["threads"] == "1"
+    assert report["runtime"]["dtype"] == "float32"
+    assert report["same_bits"] is False
+    assert report["differences"] == []
+
+
+@pytest.mark.parametrize(
+    "runtime", [{}, {"threads": "0", "dtype": "float64", "device": "NVIDIA H200"}, {"threads": "9" * 4000}]
+)
+def test_a_runtime_that_cannot_be_had_is_left_out(
+    zimage: Callable[..., Any], drawn: Picture, tmp_path: Path, runtime: dict[str, str]
+) -> None:
+    threads = torch.get_num_threads()
+    save_png(drawn, tmp_path / "a.png", replace(recipe_of(drawn), runtime=runtime))
+    ended = zimage("replay", "a.png", "-q", "--device", "cpu")
+    assert ended.code in (0, 1)
+    assert ended.out.startswith(("same bits", "not the same bits"))
+    assert torch.get_num_threads() == threads
+
+
+def test_output_is_checked_before_loading(zimage: Callable[..., Any], file: Path) -> None:
+    ended = zimage("replay", file, "-o", file, "--model", "./nothing")
+    assert (ended.code, ended.out) == (2, "")
+    assert "exists already" in ended.err
+    before = file.read_bytes()
+    assert zimage("replay", file, "-o", file, "--force").code == 0
+    assert file.read_bytes() == before
+
+
+def test_a_folder_takes_the_files_name(zimage: Callable[..., Any], file: Path) -> None:
+    (file.parent / "folder").mkdir()
+    assert zimage("replay", file, "-o", "folder").out == "folder/fox.png\nsame bits\n"
+
+
+def test_files_that_cannot_be_replayed(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
+    recipe = recipe_of(drawn)
+    save_png(drawn, tmp_path / "plain.png", None)
+    save_png(drawn, tmp_path / "latents.png", replace(recipe, given=("latents",)))
+    save_png(drawn, tmp_path / "unknown.png", replace(recipe, model={**recipe.model, "source": ""}))
+    save_png(drawn, tmp_path / "share.png", replace(recipe, model={**recipe.model, "source": r"\\server\share"}))
+    for name, said in {
+        "a.jpg": "is not a PNG file",
+        "nothing.png": "there is no file",
+        "plain.png": "has no zimage recipe",
+        "latents.png": "was made from latents, which the file does not hold",
+        "unknown.png": "does not say which model it was made with; pass --model",
+        "share.png": "on another machine",
+    }.items():
+        ended = zimage("replay", name)
+        assert (ended.code, ended.out) == (2, "")
+        assert said in ended.err
+        assert ended.err.count("\n") == 1
+
+
+def test_another_model_can_be_given(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path, base: str) -> None:
+    recipe = recipe_of(drawn)
+    save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, "source": "someone/fine-tune"}))
+    ended = zimage("replay", "a.png", "--model", base, "-q")
+    assert (ended.code, ended.out) == (0, "same bits\n")
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """A hub that has nothing: its address, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_file_cannot_make_anyone_download_a_model(
+    process: Callable[..., "subprocess.Popen[bytes]"], drawn: Picture, tmp_path: Path, hub: tuple[str, list[str]]
+) -> None:
+    recipe = recipe_of(drawn)
+    address, asked = hub
+    save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, "source": "someone/model"}))
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin"}
+    with process("replay", "a.png", env=environment) as started:
+        _, err = started.communicate()
+    assert started.returncode == 1
+    assert asked == []
+    assert b"pass --model to download it" in err
+    with process("replay", "a.png", "--model", "someone/model", env=environment) as started:
+        started.communicate()
+    assert started.returncode == 1
+    assert asked

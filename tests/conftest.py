@@ -1,0 +1,109 @@
+"""Tiny random checkpoints of both variants, and pipelines over them that every test of a session shares.
+
+The pipelines run in float32 on the CPU. No test changes their weights, precision or settings: one that does loads its
+own from `turbo_folder` or `base_folder`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zimage import ZImagePipeline
+from zimage.testing import build_checkpoint
+
+CountForwards = Callable[[ZImagePipeline], AbstractContextManager[Counter[str]]]
+
+
+def load(folder: Path) -> ZImagePipeline:
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "turbo", variant="turbo")
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", variant="base")
+
+
+@pytest.fixture(scope="session")
+def turbo(turbo_folder: Path) -> ZImagePipeline:
+    return load(turbo_folder)
+
+
+@pytest.fixture(scope="session")
+def base(base_folder: Path) -> ZImagePipeline:
+    return load(base_folder)
+
+
+@pytest.fixture
+def own_turbo(turbo_folder: Path) -> ZImagePipeline:
+    """A pipeline that a test may change; its text cache is empty."""
+    return load(turbo_folder)
+
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """Options of a picture that takes a few milliseconds."""
+    return {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="session")
+def count_forwards() -> CountForwards:
+    """Counts forward calls of every module of a pipeline, by "evaluation" (of the transformer), "text" (encodings of a
+    prompt), "decoding" and "any"."""
+
+    @contextmanager
+    def counting(pipe: ZImagePipeline) -> Iterator[Counter[str]]:
+        counter: Counter[str] = Counter()
+        landmarks = {
+            "evaluation": pipe.transformer.all_final_layer["2-1"].linear,
+            "text": pipe.text_encoder.model,
+            "decoding": pipe.autoencoder.vae.decoder,
+        }
+
+        def count(name: str) -> Callable[..., None]:
+            return lambda *_: counter.update([name])
+
+        models = (pipe.transformer, pipe.text_encoder.model, pipe.autoencoder.vae)
+        modules = {id(module): module for model in models for module in model.modules()}
+        hooks = [module.register_forward_pre_hook(count("any")) for module in modules.values()]
+        hooks += [module.register_forward_pre_hook(count(name)) for name, module in landmarks.items()]
+        try:
+            yield counter
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return counting
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Runs code in a new Python process that treats warnings as errors, and returns what it printed."""
+
+    def run(code: str, *arguments: object) -> str:
+        process = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    return run
