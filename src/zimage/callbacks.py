@@ -12,6 +12,7 @@ from torch import Tensor
 from .denoiser import Conditioning
 from .errors import Cancelled, RequestError
 from .models.precision import is_finite
+from .rules import shown
 from .sampling.samplers import SamplerStep
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -63,41 +64,59 @@ class StepHook:
 
         Raises `Cancelled` if the callback asked to stop, `RequestError` if what it returned cannot be used.
         """
-        tensors = {
-            "latents": step.latents,
-            "prompt_embeds": [conditioning.positive],
-            "negative_prompt_embeds": [] if conditioning.negative is None else [conditioning.negative],
-        }
         timestep = torch.tensor(step.sigma * 1000.0)
-        changes = self.callback(self.handle, step.index, timestep, {name: tensors[name] for name in self.names})
+        tensors = self._tensors(step, conditioning)
+        changes = self.callback(self.handle, step.index, timestep, dict(tensors))
         if self.handle._interrupt:
             raise Cancelled(f"the callback stopped the picture after step {step.index + 1}")
-        changes = changes or {}
-        latents = changes.get("latents")
-        if latents is step.latents:
-            latents = None
-        if latents is not None:
-            _check_latents(latents, step.latents)
-        positive = _only(changes, "prompt_embeds", conditioning.positive)
+        if not isinstance(changes, Mapping | None):
+            raise RequestError(f"the callback returned {shown(changes)}; it must return a dict of tensors, or None")
+        answer = {**tensors, **(changes or {})}
+        latents = _changed_latents(answer.get("latents"), step.latents)
+        positive = _features(answer, "prompt_embeds", conditioning.positive)
         negative = conditioning.negative
         if negative is not None:
-            negative = _only(changes, "negative_prompt_embeds", negative)
+            negative = _features(answer, "negative_prompt_embeds", negative)
         if positive is conditioning.positive and negative is conditioning.negative:
             return latents, conditioning
         return latents, Conditioning(positive, negative)
 
+    def _tensors(self, step: SamplerStep, conditioning: Conditioning) -> dict[str, Any]:
+        """What the callback asked for. Features are copies: the run's own are shared with later pictures."""
+        tensors: dict[str, Any] = {}
+        for name, features in (
+            ("prompt_embeds", conditioning.positive),
+            ("negative_prompt_embeds", conditioning.negative),
+        ):
+            if name in self.names:
+                tensors[name] = [] if features is None else [features.clone()]
+        if "latents" in self.names:
+            tensors["latents"] = step.latents
+        return tensors
 
-def _check_latents(latents: Any, current: Tensor) -> None:
+
+def _changed_latents(latents: Any, current: Tensor) -> Tensor | None:
+    """The latents to go on with, or `None` for the current ones, which may have been changed in place."""
+    if latents is None or latents is current:
+        return None
     if not isinstance(latents, Tensor) or latents.shape != current.shape:
         came = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise RequestError(f"the callback returned latents {came}; they must be a tensor {tuple(current.shape)}")
     if not is_finite(latents):
         raise RequestError("the callback returned latents that are not finite (NaN or infinity)")
+    return latents.to(current)
 
 
-def _only(changes: Mapping[str, Any], name: str, current: Tensor) -> Tensor:
-    given = changes.get(name, current)
+def _features(answer: Mapping[str, Any], name: str, current: Tensor) -> Tensor:
+    """The caption features to go on with: `current` itself where they are equal to it."""
+    given = answer.get(name, current)
     features = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
-    if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != current.shape[1]:
-        raise RequestError(f"the callback returned {name} that are not one tensor (tokens, {current.shape[1]})")
-    return features
+    if features is current:
+        return current
+    fits = isinstance(features, Tensor) and features.ndim == 2 and features.shape[1] == current.shape[1]
+    if not fits or not features.is_floating_point() or not len(features) or not is_finite(features):
+        raise RequestError(
+            f"the callback returned {name} that are not one tensor (tokens, {current.shape[1]}) of finite numbers"
+        )
+    features = features.to(current)
+    return current if torch.equal(features, current) else features

@@ -301,6 +301,7 @@ class ZImagePipeline:
 
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
+        call.check_cancelled()
         with self._turn:
             conditioning = self._condition(request, call)
             latents = self._start(request)

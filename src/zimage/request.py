@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
@@ -129,7 +128,7 @@ class ResolvedRequest:
     shift: float
     sigmas: tuple[float, ...]
     max_sequence_length: int
-    tensors: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
         """Itself, checked against the model it is to run on; raises `RequestError` if it was made for another."""
@@ -217,7 +216,7 @@ def with_noise(request: ResolvedRequest, *, seed: int = 0, latents: Tensor | Non
     tensors = {name: tensor for name, tensor in request.tensors.items() if name != "latents"}
     if latents is not None:
         tensors["latents"] = latents
-    return replace(request, seed=seed, tensors=MappingProxyType(tensors))
+    return replace(request, seed=seed, tensors=tensors)
 
 
 def _listed(name: str, value: Any, kind: type | None) -> list[Any] | None:

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
@@ -62,6 +61,8 @@ def resolve_texts(request: GenerationRequest) -> tuple[str, str]:
         text, given = getattr(request, name), getattr(request, f"{name}_embeds")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{name} must be a text, got {shown(text)}")
+        if text and not is_unicode(text):
+            raise RequestError(f"{name} has characters that are not Unicode (halves of surrogate pairs); take them out")
         if text and given is not None:
             raise RequestError(f"{name} and {name}_embeds are both given; leave one out, only one can be used")
         texts.append(text or "")
@@ -82,6 +83,8 @@ def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -
             raise RequestError(f"{name} must be a multiple of {step}, got {side}; try {choices}")
         sides.append(side)
     height, width = sides
+    if not isinstance(request.any_size, bool):
+        raise RequestError(f"any_size must be True or False, got {shown(request.any_size)}")
     if not request.any_size and not MIN_AREA <= height * width <= MAX_AREA:
         raise RequestError(
             f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the models are made for "
@@ -171,7 +174,7 @@ def resolve_tensors(request: GenerationRequest, height: int, width: int, limits:
         if tuple(request.latents.shape) not in (shape, (1, *shape)):
             raise RequestError(f"latents must be {shape} for {width}x{height}, got {shown(request.latents)}")
         tensors["latents"] = request.latents.reshape(1, *shape)
-    return MappingProxyType(tensors)
+    return tensors
 
 
 def _or(asked: Any, default: Any) -> Any:
@@ -183,6 +186,15 @@ def finite_tensor(name: str, value: Any, shape: str) -> None:
         raise RequestError(f"{name} must be a floating-point torch tensor {shape}, got {shown(value)}")
     if not bool(value.isfinite().all()):
         raise RequestError(f"{name} has values that are not finite (NaN or infinity); check where they come from")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: Python and JSON can hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_tensor(value: Any) -> bool:

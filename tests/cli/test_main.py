@@ -93,10 +93,11 @@ def test_debug_shows_where_an_error_comes_from(zimage: Callable[..., Any]) -> No
     assert "Traceback" not in zimage("replay", "nothing.png").err
 
 
-def test_a_reader_that_leaves_is_no_error(process: Callable[..., "subprocess.Popen[bytes]"]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(process: Callable[..., "subprocess.Popen[bytes]"], unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    with process("variants", stdout=writing) as started:
+    with process("variants", stdout=writing, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}) as started:
         os.close(writing)
         _, err = started.communicate()
     assert (started.returncode, err) == (1, b"")

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -76,7 +77,11 @@ def test_a_picture_edited_by_another_program_is_not_the_same(
     ImageDraw.Draw(edited).line((0, 0, 9, 9), "red")
     save_png(edited, tmp_path / "a.png", recipe_of(drawn))
     ended = zimage("replay", "a.png", "-q")
-    assert (ended.code, ended.out) == (1, "not the same bits\n  the picture in a.png was changed after it was made\n")
+    said = "not the same bits\n  the picture in a.png was changed after it was made\n"
+    assert (ended.code, ended.out) == (1, said)
+    ended = zimage("replay", "a.png", "-o", "a.png", "--force", "-q")
+    assert (ended.code, ended.out) == (1, f"a.png\n{said}")
+    assert zimage("replay", "a.png", "-q").out == "same bits\n"
 
 
 def test_dtype_device_and_threads_are_those_of_the_file(
@@ -181,7 +186,7 @@ def test_a_file_cannot_make_anyone_download_a_model(
     recipe = recipe_of(drawn)
     address, asked = hub
     save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, "source": "someone/model"}))
-    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin"}
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     with process("replay", "a.png", env=environment) as started:
         _, err = started.communicate()
     assert started.returncode == 1

@@ -230,7 +230,7 @@ def test_parameters_text_without_guidance() -> None:
 
 
 def test_parameters_text_keeps_prompts_out_of_its_own_lines() -> None:
-    recipe = make(prompt="a\r\nfox\x00\nSteps: 1, Seed: 1\u2028\ud83d👨‍👩‍👧", negative_prompt="b\nc")
+    recipe = make(prompt="a\r\nfox\x00\nSteps: 1, Seed: 1\u2028👨‍👩‍👧", negative_prompt="b\nc")
     prompt, negative, last = parameters_text(recipe).split("\n")
     assert prompt == "a fox Steps: 1, Seed: 1 👨‍👩‍👧"
     assert negative == "Negative prompt: b c"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from zimage import ZImagePipeline
 from zimage.testing import build_checkpoint
-
-CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,22 @@ class Outcome:
     @property
     def error(self) -> float:
         """Largest difference, relative to the largest value."""
-        assert self.ours.shape == self.theirs.shape
-        return ((self.ours - self.theirs).abs().max() / self.theirs.abs().max()).item()
+        return (self._difference.abs().max() / self.theirs.abs().max()).item()
 
     @property
     def rms_error(self) -> float:
         """Root mean square of the difference, relative to that of the values."""
-        assert self.ours.shape == self.theirs.shape
-        return ((self.ours - self.theirs).norm() / self.theirs.norm()).item()
+        return (self._difference.norm() / self.theirs.norm()).item()
 
     @property
     def identical(self) -> bool:
         return torch.equal(self.ours, self.theirs)
+
+    @property
+    def _difference(self) -> Tensor:
+        assert self.ours.shape == self.theirs.shape
+        assert self.theirs.isfinite().all()
+        return self.ours - self.theirs
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,6 @@ class Pair:
 
     ours: ZImagePipeline
     theirs: Any
-
-    @property
-    def features(self) -> int:
-        """Width of caption features."""
-        return self.ours.limits.caption_features
 
     def run(
         self,
@@ -66,30 +65,38 @@ class Pair:
         output_type: str = "latent",
         **options: Any,
     ) -> Outcome:
-        """One call of either. `prompt_embeds` are lists; diffusers has no variant and no seed, so it is told."""
-        common = {
-            **options,
-            "height": height,
-            "width": width,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "output_type": output_type,
-        }
+        """One call of either, 35 image tokens by default; embeddings are lists.
+
+        diffusers knows neither variants nor seeds, so it is told steps, guidance and generators; its own prompt lists,
+        because it changes them.
+        """
+        options |= {"height": height, "width": width, "output_type": output_type}
+        options |= {"num_inference_steps": steps, "guidance_scale": guidance}
         prompts = options.get("prompt_embeds") or ([prompt] if isinstance(prompt, str) else prompt)
         count = len(prompts) * options.get("num_images_per_prompt", 1)
-        starts = {} if "latents" in options else {"seed": seed}
-        ours = self.ours(prompt, any_size=True, progress=False, **starts, **common).images
+        start = {} if "latents" in options else {"seed": seed}
+        ours = self.ours(prompt, any_size=True, progress=False, **start, **options)
+        copies = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
         generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
-        own = {**common, **{key: list(value) for key, value in common.items() if isinstance(value, list)}}
-        theirs = self.theirs(
-            prompt=list(prompt) if isinstance(prompt, list) else prompt, generator=generators, **own
-        ).images
-        return Outcome(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float())
+        prompt = list(prompt) if isinstance(prompt, list) else prompt
+        theirs = self.theirs(prompt=prompt, generator=generators, **copies)
+        return Outcome(_tensor(ours.images), _tensor(theirs.images))
 
-    def embeds(self, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
+    def embeds(self, *lengths: int, seed: int = 0) -> list[Tensor]:
         """Random caption features of so many tokens, in the pipelines' type."""
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(length, self.features, generator=generator).to(self.ours.dtype) for length in lengths]
+        width = self.ours.limits.caption_features
+        return [torch.randn(length, width, generator=generator).to(self.ours.dtype) for length in lengths]
+
+    def tokens(self, prompt: str) -> int:
+        """Length of a prompt with its template."""
+        return self.ours.text_encoder.tokenize(prompt, 512).total
+
+
+def _tensor(images: Any) -> Tensor:
+    if isinstance(images, list):
+        images = np.stack([np.asarray(image) for image in images])
+    return torch.as_tensor(images).float()
 
 
 Pairs = Callable[..., Pair]
@@ -97,16 +104,22 @@ Pairs = Callable[..., Pair]
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """`pairs(variant, dtype, size)`: each pair is loaded once, each checkpoint built once."""
+    """`pairs(variant, dtype, size, activations)`: each checkpoint is built once and loaded once by either."""
     diffusers.utils.logging.disable_progress_bar()
 
     @cache
-    def build(variant: str, size: str) -> Any:
-        return build_checkpoint(tmp_path_factory.mktemp("parity") / f"{size}-{variant}", variant=variant, size=size)
+    def build(variant: Literal["base", "turbo"], size: Literal["tiny", "small"], activations: Any) -> Path:
+        folder = tmp_path_factory.mktemp("parity") / f"{size}-{variant}-{activations}"
+        return build_checkpoint(folder, variant=variant, size=size, activations=activations)
 
     @cache
-    def load(variant: str = "base", dtype: torch.dtype = torch.float32, size: str = "tiny") -> Pair:
-        folder = build(variant, size)
+    def load(
+        variant: Literal["base", "turbo"] = "base",
+        dtype: torch.dtype = torch.float32,
+        size: Literal["tiny", "small"] = "tiny",
+        activations: Literal["sane", "large"] = "sane",
+    ) -> Pair:
+        folder = build(variant, size, activations)
         theirs = diffusers.ZImagePipeline.from_pretrained(folder, dtype=dtype)
         theirs.set_progress_bar_config(disable=True)
         return Pair(ZImagePipeline.from_pretrained(folder, dtype=dtype, device="cpu"), theirs)

@@ -1,6 +1,6 @@
 """What a checkpoint folder holds, told without reading its weights: components, sizes, types, variant and problems.
 
-The problems are those that loading would raise, all of them, because both make the same survey. `fingerprint` gives
+The problems are all that loading would raise before it reads values: both make the same survey. `fingerprint` gives
 weights an identity that is cheap enough to compute on every load.
 """
 
@@ -53,7 +53,7 @@ class ComponentInspection:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A checkpoint as it lies on disk. It loads if there are no `problems`.
+    """A checkpoint as it lies on disk. Without `problems` it loads, as long as its values are finite numbers.
 
     `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `fingerprint` is None
     where weights cannot be read.

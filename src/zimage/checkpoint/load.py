@@ -50,15 +50,15 @@ def load_components(
     tokenizer and the names, shapes and types of all tensors are checked before a weight is read, and the values while
     they are. Host memory beyond the weights themselves: 32 MiB.
     """
-    place = Path(folder)
+    target = torch.device(device)
     try:
-        found = survey(place)
-        found.require()
-        return _load(found, dtype, torch.device(device))
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        found = survey(Path(folder))
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{place} cannot be loaded: {type(error).__name__}: {reason(error)}") from error
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason(error)}") from error
+    found.require()
+    return _load(found, dtype, target)
 
 
 @torch.inference_mode(False)

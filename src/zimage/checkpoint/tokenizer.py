@@ -19,33 +19,54 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from ..errors import CheckpointError
 from .configs import LEGACY_TOKENIZER_FILES, TEMPLATE_FILE, TOKENIZER_FILES
-from .fields import Field, exactly, flag, read_config, refuse
+from .fields import Field, exactly, flag, integer, read_config, refuse
 from .reading import MAX_CONFIG, RESTORE, exists, read_json, read_text, reason, shown
 
 START, END = "<|im_start|>", "<|im_end|>"
 
 CONFIG, TOKENIZER, VOCABULARY, MERGES = TOKENIZER_FILES
+ADDED, SPECIAL = LEGACY_TOKENIZER_FILES
 
 _LIMITS = {TOKENIZER: 64 << 20, VOCABULARY: 32 << 20, MERGES: 32 << 20, TEMPLATE_FILE: 256 << 10}
+_JSON = (TOKENIZER, VOCABULARY, ADDED, SPECIAL)
 _PROBE = f"{START}user\na red fox, 红狐狸{END}\n{START}assistant\n"
 
-_TOKEN = Field(lambda value: value is None or isinstance(value, str | dict), "a token or null", None)
-_TOKENS = Field(lambda value: value is None or isinstance(value, list | dict), "a list of tokens", None)
+_FLAGS = frozenset({"lstrip", "rstrip", "single_word", "normalized", "special"})
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a token is text, or text with flags."""
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    flags = {key: flag for key, flag in value.items() if key not in ("content", "__type")}
+    known = set(flags) <= _FLAGS and all(isinstance(flag, bool) for flag in flags.values())
+    return known and isinstance(value.get("content"), str) and value.get("__type", "AddedToken") == "AddedToken"
+
+
+def _are_added(value: Any) -> bool:
+    return isinstance(value, dict) and all(key.isdecimal() and _is_token(token) for key, token in value.items())
+
+
+_TOKEN = Field(lambda value: value is None or _is_token(value), "a token or null", None)
+_TOKENS = Field(
+    lambda value: value in (None, {}) or (isinstance(value, list) and all(map(_is_token, value))),
+    "a list of tokens",
+    None,
+)
+_SPECIAL_TOKENS: dict[str, Field] = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), _TOKENS),
+}
 _SETTINGS: dict[str, Field] = {
     "tokenizer_class": exactly("Qwen2Tokenizer", "Qwen2TokenizerFast", default="Qwen2Tokenizer"),
     "add_bos_token": exactly(False, None, default=False),
     "add_eos_token": exactly(False, None, default=False),
     "add_prefix_space": exactly(False, None, default=False),
-    "added_tokens_decoder": Field(lambda value: isinstance(value, dict), "an object", None),
-    "additional_special_tokens": _TOKENS,
-    "extra_special_tokens": _TOKENS,
-    "bos_token": _TOKEN,
-    "eos_token": _TOKEN,
-    "pad_token": _TOKEN,
-    "unk_token": _TOKEN,
+    "added_tokens_decoder": Field(_are_added, "an object of tokens by their ids", None),
     "clean_up_tokenization_spaces": flag(False),
     "model_max_length": Field(lambda value: type(value) in (int, float) and value > 0, "a positive number", 131072),
     "split_special_tokens": exactly(False, default=False),
+    **_SPECIAL_TOKENS,
 }
 _REFUSED_NODES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
@@ -71,7 +92,7 @@ def _read_files(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder} should have {TOKENIZER}, or {VOCABULARY} and {MERGES}; {_again(folder)}")
     config = read_config(folder / CONFIG)
     template = config.get("chat_template")
-    settings = _settings(folder / CONFIG, config)
+    settings = _checked(folder / CONFIG, config, _SETTINGS)
     for text in _templates(folder / CONFIG, template):
         check_template(folder / CONFIG, text)
     files = {CONFIG: json.dumps(settings | ({"chat_template": template} if template else {}))}
@@ -79,26 +100,34 @@ def _read_files(folder: Path) -> dict[str, str]:
         if name == CONFIG or not exists(folder / name):
             continue
         limit = _LIMITS.get(name, MAX_CONFIG)
-        if name.endswith(".json"):
-            files[name] = json.dumps(read_json(folder / name, limit))
-        else:
-            files[name] = read_text(folder / name, limit)
+        files[name] = read_text(folder / name, limit) if name not in _JSON else _read_json(folder / name, limit)
     if TEMPLATE_FILE in files:
         check_template(folder / TEMPLATE_FILE, files[TEMPLATE_FILE])
     return files
 
 
-def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    known = {key: value for key, value in config.items() if key in _SETTINGS}
-    refuse(
-        path,
-        [
-            f"{key} must be {_SETTINGS[key].wanted}, got {shown(value)}"
-            for key, value in known.items()
-            if not _SETTINGS[key].accepts(value)
-        ],
-    )
+def _read_json(path: Path, limit: int) -> str:
+    """The JSON of a file, written anew; transformers takes what these files hold for settings too."""
+    content = read_json(path, limit)
+    if path.name == ADDED:
+        fields = dict.fromkeys(content, integer(0, 1 << 20))
+    elif path.name == SPECIAL:
+        fields = _SPECIAL_TOKENS
+    else:
+        return json.dumps(content)
+    return json.dumps(_checked(path, content, fields))
+
+
+def _checked(path: Path, config: dict[str, Any], fields: dict[str, Field]) -> dict[str, Any]:
+    """What `fields` describe of a config, and nothing else."""
+    known = {key: value for key, value in config.items() if key in fields}
+    wrong = [key for key, value in known.items() if not fields[key].accepts(value)]
+    refuse(path, [f"{_named(key)} must be {fields[key].wanted}, got {shown(known[key])}" for key in wrong[:5]])
     return known
+
+
+def _named(key: str) -> str:
+    return key if key in _SETTINGS else shown(key)
 
 
 def _templates(path: Path, template: Any) -> list[str]:
@@ -114,6 +143,8 @@ def _templates(path: Path, template: Any) -> list[str]:
 
 def check_template(path: Path, text: str) -> None:
     """Refuse a chat template that is none, or reaches for more than its messages. It is parsed and never rendered."""
+    if len(text) > _LIMITS[TEMPLATE_FILE]:
+        raise CheckpointError(f"{path}: the chat template has {len(text)} characters, Qwen's has 4,000; {RESTORE}")
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
         problem = next(_template_problems(tree), None)

@@ -5,6 +5,7 @@ Knows no torch: each command imports what it needs when it runs, so that `zimage
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 traceback.print_exc()
             print(f"zimage: {_one_line(_message(error, state))}", file=sys.stderr)
             code = _exit_code(error)
+    gc.freeze()  # the process ends: looking through torch's million objects for garbage would take half a second
     sys.exit(code)
 
 

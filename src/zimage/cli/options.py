@@ -15,6 +15,7 @@ import typer
 
 from ..errors import RequestError
 from ..request import GenerationRequest
+from ..rules import is_unicode
 from ..variants import VARIANTS, Variant, detect_variant
 
 MODEL_VARIABLE = "ZIMAGE_MODEL"
@@ -107,8 +108,6 @@ def read_normalization(text: str | None) -> float | bool | None:
 
 
 def _unicode(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RequestError("the prompt is not valid UTF-8") from None
+    if not is_unicode(text):
+        raise RequestError("the prompt is not valid UTF-8")
     return text

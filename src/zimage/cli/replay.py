@@ -44,6 +44,7 @@ def replay(
     from ..files.png import read_recipe
 
     recipe = read_recipe(file)
+    edited = _is_edited(file, recipe)
     if not recipe.replayable:
         raise RequestError(f"{file} was made from {', '.join(recipe.given)}, which the file does not hold")
     if output is not None and output.is_dir():
@@ -63,7 +64,6 @@ def replay(
                 save_picture(result.image, output, overwrite=force)
         except (Cancelled, KeyboardInterrupt):
             raise Cancelled("cancelled, nothing written") from None
-    edited = _is_edited(file, recipe)
     found = [f"the picture in {file} was changed after it was made"] * edited + list(result.differences)
     same = result.same_bits and not edited
     if json:

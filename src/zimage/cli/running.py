@@ -69,16 +69,18 @@ def evaluations(request: ResolvedRequest) -> int:
 
     from ..sampling.guidance import is_guided
     from ..sampling.samplers import SAMPLERS
-    from ..sampling.schedule import shifted_sigmas
+    from ..sampling.schedule import model_timesteps, shifted_sigmas
 
     counted = 0
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         nonlocal counted
-        counted += 2 if is_guided(1 - sigma, request.guidance_scale, request.cfg_truncation) else 1
+        counted += 2 if is_guided(times[sigma], request.guidance_scale, request.cfg_truncation) else 1
         return latents
 
-    sigmas = shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas).tolist()
+    levels = shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
+    sigmas = levels.tolist()
+    times = dict(zip(sigmas, model_timesteps(levels).tolist(), strict=True))
     for _ in SAMPLERS[request.sampler](velocity, zeros(1), sigmas):
         pass
     return counted

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RequestError
 from ..request import ResolvedRequest
-from ..rules import shown
+from ..rules import is_unicode, shown
 from ..variants import get_variant
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Recipe:
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
         document = dict(zip(_PARTS, contents, strict=True))
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-        return text if _is_unicode(text) else json.dumps(document, allow_nan=False)
+        return text if is_unicode(text) else json.dumps(document, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -189,7 +189,7 @@ def _read_request(document: Any) -> ResolvedRequest:
     for name, value in document.items():
         if type(value) not in _JSON_TYPES[types[name]]:
             raise RequestError(f"{name} is of the wrong type: {shown(value)}")
-        if isinstance(value, str) and not _is_unicode(value):
+        if isinstance(value, str) and not is_unicode(value):
             raise RequestError(f"{name} has characters that are not Unicode")
     shift = document["shift"]
     if not 0 < shift <= _MAX_SHIFT:
@@ -216,15 +216,6 @@ def _texts(name: str, values: Any) -> dict[str, str]:
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise RequestError(f"{name} must hold texts of at most {_MAX_TEXT} characters, got {shown(text)}")
     return dict(values)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold halves of surrogate pairs, which cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _printable(text: str) -> str:

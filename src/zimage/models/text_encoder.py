@@ -115,5 +115,7 @@ def _with_layers(model: Qwen3Model, layers: list[nn.Module], norm: nn.Module) ->
     shared = copy.copy(model)
     shared.config = copy.deepcopy(model.config)
     shared.config.num_hidden_layers = len(layers)
+    kinds = shared.config.layer_types
+    shared.config.layer_types = [*kinds, kinds[-1]][: len(layers)]
     shared._modules = {**model._modules, "layers": nn.ModuleList(layers), "norm": norm}
     return shared
