@@ -94,7 +94,8 @@ def row(result: Result) -> str:
     """A line of the table."""
     return (
         f"{result.case:10} zimage {result.zimage_s * 1e3:9.2f} ms  diffusers {result.diffusers_s * 1e3:9.2f} ms  "
-        f"ratio {result.ratio:5.2f} (goal {result.goal:.1f})  evaluations {result.evaluations}  cosine {result.cosine:.6f}"
+        f"ratio {result.ratio:5.2f} (goal {result.goal:.1f})  "
+        f"evaluations {result.evaluations}  cosine {result.cosine:.6f}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def portable_path(folder: Path) -> str:
         return str(absolute)
 
 
+@cache
 def package_version(distribution: str) -> str:
     """The installed version of a distribution, or "unknown"."""
     try:

@@ -35,7 +35,9 @@ def test_latents_are_those_of_float32(
     options = {name: value for name, value in RECIPES[variant].items() if name == "negative_prompt"}
     options |= {"num_inference_steps": RECIPES[variant]["steps"], "guidance_scale": RECIPES[variant]["guidance"]}
     half, exact = (
-        pairs(variant, dtype, "tiny", activations).ours(**recipe, **options, output_type="latent", progress=False).images
+        pairs(variant, dtype, "tiny", activations)
+        .ours(**recipe, **options, output_type="latent", progress=False)
+        .images
         for dtype in (torch.float16, torch.float32)
     )
     assert half.isfinite().all()

@@ -29,7 +29,7 @@ GUIDANCE: tuple[dict[str, Any], ...] = (
         for guidance, normalization, truncation in product((0.7, 4.0), (False, True, 0.7), (1.0, 0.6))
     ),
 )
-# Shifted to 1, 0.86, 0.4 and 0.24: truncation at 0.6 lets the third step just pass and stops the fourth.
+# Shifted to 1, 0.86, 0.4 and 0.24: model times 0, 0.14, 0.6 and 0.76, of which truncation at 0.6 stops the last or two.
 SIGMAS = [1.0, 0.5, 0.1, 0.05]
 
 SHORT = "a cat"
@@ -65,9 +65,7 @@ def test_prompts(pair: Pair, prompt: str, guidance: float) -> None:
     ids=["shorter", "equal", "longer", "longer-padding"],
 )
 @pytest.mark.parametrize("size", [(80, 112), (128, 128)], ids=str)
-def test_negative_prompts(
-    pair: Pair, negative: str, longer: int, same_padding: bool, size: tuple[int, int]
-) -> None:
+def test_negative_prompts(pair: Pair, negative: str, longer: int, same_padding: bool, size: tuple[int, int]) -> None:
     prompt_tokens, negative_tokens = pair.tokens(SHORT), pair.tokens(negative)
     assert (negative_tokens > prompt_tokens) - (negative_tokens < prompt_tokens) == longer
     assert (-(-prompt_tokens // 32) == -(-negative_tokens // 32)) == same_padding

@@ -81,6 +81,15 @@ def test_to_diffusers_shares_and_agrees(pair: Pair) -> None:
     assert (diffusers_latents(theirs) - original).abs().max() <= 1e-6 * original.abs().max()
 
 
+def test_to_diffusers_of_what_came_from_diffusers(pair: Pair) -> None:
+    """Three models over the same layers, used in turn: what one of them records is not another's."""
+    original = diffusers_latents(pair.theirs)
+    other = ZImagePipeline.from_diffusers(pair.theirs).to_diffusers()
+    other.set_progress_bar_config(disable=True)
+    for pipeline in (other, pair.theirs, ZImagePipeline.from_diffusers(other).to_diffusers(), other):
+        assert (diffusers_latents(pipeline) - original).abs().max() <= 1e-6 * original.abs().max()
+
+
 def test_there_and_back(pair: Pair) -> None:
     back = ZImagePipeline.from_diffusers(pair.ours.to_diffusers())
     assert back.transformer is pair.ours.transformer

@@ -90,32 +90,29 @@ def without_last_layer(model: Any) -> Qwen3Model:
     A model that this function gave is returned as it is.
     """
     inner = getattr(model, "model", model)
-    if isinstance(inner.norm, nn.Identity) and not isinstance(inner.layers[-1], _Missing):
+    if isinstance(inner.norm, nn.Identity):
         return inner
-    return _with_layers(inner, list(inner.layers)[:-1], nn.Identity())
+    layers = list(inner.layers)[:-1]
+    shared = copy.copy(inner)
+    shared.config = copy.deepcopy(inner.config)
+    shared.config.num_hidden_layers = len(layers)
+    shared.config.layer_types = inner.config.layer_types[: len(layers)]
+    shared._modules = {**inner._modules, "layers": nn.ModuleList(layers), "norm": nn.Identity()}
+    return shared
 
 
 def with_last_layer(model: Qwen3Model) -> Qwen3Model:
-    """The inverse for code that reads `hidden_states[-2]`, as diffusers does: the missing layer does nothing."""
-    return _with_layers(model, [*model.layers, _Missing(model.config.num_hidden_layers)], nn.Identity())
+    """The inverse for code that reads `hidden_states[-2]`, as diffusers does: the last two are all it records.
 
-
-class _Missing(nn.Module):
-    """Stands where the last layer was; records of hidden states end before it either way."""
-
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
-
-
-def _with_layers(model: Qwen3Model, layers: list[nn.Module], norm: nn.Module) -> Qwen3Model:
+    transformers records with hooks that every model leaves on its layers; on shared layers one would record for another.
+    """
     shared = copy.copy(model)
-    shared.config = copy.deepcopy(model.config)
-    shared.config.num_hidden_layers = len(layers)
-    kinds = shared.config.layer_types
-    shared.config.layer_types = [*kinds, kinds[-1]][: len(layers)]
-    shared._modules = {**model._modules, "layers": nn.ModuleList(layers), "norm": norm}
+
+    def forward(*args: Any, output_hidden_states: bool = False, **kwargs: Any) -> Any:
+        output = type(model).forward(shared, *args, **kwargs)
+        if output_hidden_states:
+            output["hidden_states"] = (output.last_hidden_state,) * 2
+        return output
+
+    shared.forward = forward
     return shared

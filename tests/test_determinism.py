@@ -1,0 +1,141 @@
+"""The same request gives the same bits: alone or in company, sooner or later, in another process, in any thread."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zimage import GenerationRequest, ZImagePipeline
+from zimage.files.recipe import pixel_digest
+
+THREADS, CALLS = 8, 4000
+TINY: dict[str, Any] = {"height": 32, "width": 32, "any_size": True, "num_inference_steps": 1}
+
+
+def digests(pipe: ZImagePipeline, *given: Any, **options: Any) -> list[str]:
+    return [pixel_digest(image) for image in pipe(*given, **options).images]
+
+
+@pytest.fixture(params=["turbo", "base"])
+def pipe(request: pytest.FixtureRequest) -> ZImagePipeline:
+    found: ZImagePipeline = request.getfixturevalue(request.param)
+    return found
+
+
+def test_a_picture_does_not_depend_on_its_company(pipe: ZImagePipeline, small: dict[str, Any]) -> None:
+    texts = ["a fox", "a long-haired cat on a red sofa by the window", "", "狐狸 🦊"]
+    alone = {text: digests(pipe, text, **small, seed=11) for text in texts}
+    assert len({*map(tuple, alone.values())}) == 4
+    together = digests(pipe, texts, **small, seed=[11] * 4)
+    assert together == [alone[text][0] for text in texts]
+    backwards = digests(pipe, texts[::-1], **small, seed=[11] * 4)
+    assert backwards == together[::-1]
+
+
+def test_a_picture_does_not_depend_on_how_many_are_asked_for(pipe: ZImagePipeline, small: dict[str, Any]) -> None:
+    seven = digests(pipe, "a fox", **small, seed=100, num_images_per_prompt=7)
+    assert len(set(seven)) == 7
+    assert digests(pipe, "a fox", **small, seed=103, num_images_per_prompt=2) == seven[3:5]
+    assert digests(pipe, ["a cat", "a fox"], **small, seed=103, num_images_per_prompt=1)[1:] == seven[4:5]
+
+
+def test_a_picture_does_not_depend_on_other_requests_of_the_call(base: ZImagePipeline, small: dict[str, Any]) -> None:
+    """Pictures of one call share captions, positions and noise levels; each is as if it had its own."""
+    requests = [
+        GenerationRequest("a fox", **{**small, **options}, seed=5)
+        for options in (
+            {},
+            {"height": 96},
+            {"num_inference_steps": 3},
+            {"guidance_scale": 0},
+            {"negative_prompt": "blurry"},
+            {"sampler": "heun", "cfg_normalization": True},
+            {"sigmas": [0.8, 0.3], "cfg_truncation": 0.1},
+            {"width": 80},
+        )
+    ]
+    alone = [digests(base, request)[0] for request in requests]
+    assert len(set(alone)) == len(requests)
+    assert digests(base, requests) == alone
+    assert digests(base, requests[::-1]) == alone[::-1]
+
+
+def test_a_picture_is_the_same_after_a_hundred_others(own_turbo: ZImagePipeline, small: dict[str, Any]) -> None:
+    first = digests(own_turbo, "a fox", **small, seed=7)
+    torch.manual_seed(1)
+    for index in range(100):
+        own_turbo(f"picture {index}", 32, 32 + 16 * (index % 3), 1 + index % 2, any_size=True, seed=index)
+    assert digests(own_turbo, "a fox", **small, seed=7) == first
+
+
+@pytest.mark.parametrize("variant", ["turbo", "base"])
+def test_a_picture_is_the_same_in_a_new_process(
+    variant: str, request: pytest.FixtureRequest, run_python: Callable[..., str], small: dict[str, Any]
+) -> None:
+    code = f"""
+import sys, torch
+torch.set_num_threads({torch.get_num_threads()})
+from zimage import ZImagePipeline
+from zimage.files.recipe import pixel_digest
+pipe = ZImagePipeline.from_pretrained(sys.argv[1], dtype="float32", device="cpu")
+for image in pipe(["a cat", "a fox"], **{small!r}, seed=7, progress=False).images:
+    print(pixel_digest(image))
+"""
+    printed = run_python(code, request.getfixturevalue(f"{variant}_folder")).split()
+    assert printed == digests(request.getfixturevalue(variant), ["a cat", "a fox"], **small, seed=7)
+
+
+def test_loading_again_changes_nothing(base: ZImagePipeline, base_folder: Path, small: dict[str, Any]) -> None:
+    again = ZImagePipeline.from_pretrained(base_folder, dtype="float32", device="cpu")
+    assert digests(again, "a fox", **small, seed=7, progress=False) == digests(base, "a fox", **small, seed=7)
+
+
+@pytest.fixture
+def impatient_threads() -> Iterator[None]:
+    """Python's threads take turns a hundred times as often as usual."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 100)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("impatient_threads")
+def test_eight_threads_and_4000_calls_each_get_their_own_image(base: ZImagePipeline) -> None:
+    """More prompts than the text cache holds, with and without guidance, in calls and streams."""
+    requests = [
+        GenerationRequest(
+            f"picture {index}, a fox" + " and a cat" * (index % 4),
+            **TINY,
+            seed=index // 2,
+            guidance_scale=(0.0, 2.0, 4.0)[index % 3],
+            negative_prompt="blurry" if index % 6 == 5 else None,
+        )
+        for index in range(70)
+    ]
+    expected = [digests(base, request)[0] for request in requests]
+    assert len(set(expected)) == len(requests)
+
+    def work(thread: int) -> Counter[bool]:
+        chooser = random.Random(thread)
+        right: Counter[bool] = Counter()
+        for call in range(CALLS // THREADS):
+            index = chooser.randrange(len(requests))
+            if call % 10:
+                image = base(requests[index]).images[0]
+            else:
+                *_, last = base.stream(requests[index])
+                image = last.image
+            right[pixel_digest(image) == expected[index] and image.recipe.request.prompt == requests[index].prompt] += 1
+        return right
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        outcomes = sum(pool.map(work, range(THREADS)), Counter())
+    assert outcomes == {True: CALLS}
