@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,26 +77,63 @@ def test_a_picture_is_the_same_after_a_hundred_others(own_turbo: ZImagePipeline,
     assert digests(own_turbo, "a fox", **small, seed=7) == first
 
 
-@pytest.mark.parametrize("variant", ["turbo", "base"])
-def test_a_picture_is_the_same_in_a_new_process(
-    variant: str, request: pytest.FixtureRequest, run_python: Callable[..., str], small: dict[str, Any]
+def test_pictures_are_the_same_in_a_new_process(
+    turbo: ZImagePipeline,
+    base: ZImagePipeline,
+    turbo_folder: Path,
+    base_folder: Path,
+    small: dict[str, Any],
+    run_python: Callable[..., str],
 ) -> None:
     code = f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
 from zimage import ZImagePipeline
 from zimage.files.recipe import pixel_digest
-pipe = ZImagePipeline.from_pretrained(sys.argv[1], dtype="float32", device="cpu")
-for image in pipe(["a cat", "a fox"], **{small!r}, seed=7, progress=False).images:
-    print(pixel_digest(image))
+for folder in sys.argv[1:]:
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+    for image in pipe(["a cat", "a fox"], **{small!r}, seed=7, progress=False).images:
+        print(pixel_digest(image))
 """
-    printed = run_python(code, request.getfixturevalue(f"{variant}_folder")).split()
-    assert printed == digests(request.getfixturevalue(variant), ["a cat", "a fox"], **small, seed=7)
+    printed = run_python(code, turbo_folder, base_folder).split()
+    here = [digests(pipe, ["a cat", "a fox"], **small, seed=7) for pipe in (turbo, base)]
+    assert printed == here[0] + here[1]
 
 
 def test_loading_again_changes_nothing(base: ZImagePipeline, base_folder: Path, small: dict[str, Any]) -> None:
     again = ZImagePipeline.from_pretrained(base_folder, dtype="float32", device="cpu")
     assert digests(again, "a fox", **small, seed=7, progress=False) == digests(base, "a fox", **small, seed=7)
+
+
+def test_threads_take_turns_at_the_weights(
+    own_turbo: ZImagePipeline, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that eight threads need the memory of one."""
+    inside, most = 0, 0
+
+    def alone(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*given: Any, **options: Any) -> Any:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.002)
+            try:
+                return compute(*given, **options)
+            finally:
+                inside -= 1
+
+        return watched
+
+    for owner, name in (
+        (own_turbo.transformer, "denoise"),
+        (own_turbo.transformer, "encode_caption"),
+        (own_turbo.text_encoder, "encode"),
+        (own_turbo.autoencoder, "decode"),
+    ):
+        monkeypatch.setattr(owner, name, alone(getattr(owner, name)))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda seed: own_turbo(f"{seed}", **small, seed=seed), range(12)))) == 12
+    assert most == 1
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_pixels(pair: Pair, guidance: float) -> None:
 
 @pytest.mark.parametrize(("guidance", "tolerance"), [(0.0, TOLERANCE), (4.0, 5 * TOLERANCE)])
 def test_more_and_wider_layers(pairs: Pairs, guidance: float, tolerance: float) -> None:
-    """`small`: 12 layers of 768. Guidance weighs the rounding of its two branches by 1 + g and g: 6.4 times for g = 4."""
+    """`small`: 10 layers of 768. Guidance weighs the rounding of its two branches by 1 + g and g: by 6.4 for g = 4."""
     outcome = pairs("base", size="small").run(ENGLISH, height=128, width=128, steps=2, guidance=guidance)
     assert outcome.error <= tolerance
 
