@@ -76,6 +76,9 @@ def test_components_are_shared_not_copied(turbo: ZImagePipeline, turbo_folder: P
     theirs = pipe.to_diffusers()
     assert theirs.transformer is pipe.transformer
     assert digest(ZImagePipeline.from_diffusers(theirs)) == digest(turbo)
+    theirs.vae = None
+    with pytest.raises(CheckpointError, match="ZImagePipeline has no vae; pass a complete diffusers ZImagePipeline"):
+        ZImagePipeline.from_diffusers(theirs)
 
 
 def test_components_that_do_not_belong_together_are_refused(turbo: ZImagePipeline) -> None:

@@ -105,6 +105,41 @@ def test_loading_again_changes_nothing(base: ZImagePipeline, base_folder: Path, 
     assert digests(again, "a fox", **small, seed=7, progress=False) == digests(base, "a fox", **small, seed=7)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def other_defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch's default type or device as another library may have set it."""
+    if isinstance(request.param, torch.dtype):
+        torch.set_default_dtype(request.param)
+    else:
+        torch.set_default_device(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def drawn_before(base: ZImagePipeline, small: dict[str, Any]) -> list[str]:
+    return digests(base, "a fox", **small, seed=7) + digests(base, "a fox", **small, sigmas=[0.9, 0.3], seed=7)
+
+
+def test_a_picture_does_not_depend_on_torchs_defaults(
+    base: ZImagePipeline, small: dict[str, Any], drawn_before: list[str], other_defaults: None
+) -> None:
+    base.text_encoder.forget()
+    generator = torch.Generator("cpu").manual_seed(7)
+    now = digests(base, "a fox", **small, seed=7) + digests(base, "a fox", **small, sigmas=[0.9, 0.3], seed=7)
+    assert now == drawn_before
+    assert digests(base, "a fox", **small, generator=generator) == drawn_before[:1]
+
+
+def test_a_picture_does_not_depend_on_inference_mode(own_turbo: ZImagePipeline, small: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        inside = digests(own_turbo, "a fox", **small, seed=7)
+    assert digests(own_turbo, "a fox", **small, seed=7) == inside
+    with torch.inference_mode():
+        assert digests(own_turbo, "a cat", **small, seed=7) != inside
+
+
 def test_threads_take_turns_at_the_weights(
     own_turbo: ZImagePipeline, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

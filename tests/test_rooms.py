@@ -19,7 +19,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "variants", "rules", "request", "_version", "memory.plan"),
     ("sampling", "models"),
     ("checkpoint", "files", "adapters", "memory.residency"),
-    ("runtime", "components", "denoiser", "callbacks", "calls", "output", "pipeline"),
+    ("runtime", "components", "denoiser", "callbacks", "calls", "output", "parts", "pipeline"),
     ("cli", "testing", "server", "distributed", "training", "demo"),
 )
 FACADE = ("", "__main__")
@@ -176,4 +176,5 @@ def test_the_imports_are_found() -> None:
     assert {"pipeline", "errors"} <= own(imports(""))
     assert {"", "request", "errors", "cli.options", "cli.targets"} <= own(imports("cli.generate"))
     assert {"cli.generate", "_version"} <= own(imports("cli"))
-    assert {"components", "runtime", "checkpoint.load"} <= own(imports("pipeline", at_import=True))
+    assert {"parts", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
+    assert {"components", "runtime", "checkpoint.load"} <= own(imports("parts", at_import=True))

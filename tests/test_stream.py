@@ -111,6 +111,7 @@ def test_streams_may_interleave(base: ZImagePipeline) -> None:
                 last[index] = step
             base(asked("a dog", steps=1), output_type="latent")
     assert [pixel_digest(last[index].image) for index in range(3)] == expected
+    assert [last[index].image.recipe.request for index in range(3)] == [base.resolve(request) for request in requests]
 
 
 def test_a_stream_that_waits_keeps_nobody_waiting(turbo: ZImagePipeline) -> None:

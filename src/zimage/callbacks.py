@@ -64,7 +64,7 @@ class StepHook:
 
         Raises `Cancelled` if the callback asked to stop, `RequestError` if what it returned cannot be used.
         """
-        timestep = torch.tensor(step.sigma * 1000.0)
+        timestep = torch.tensor(step.sigma * 1000.0, dtype=torch.float32)
         tensors = self._tensors(step, conditioning)
         changes = self.callback(self.handle, step.index, timestep, dict(tensors))
         if self.handle._interrupt:

@@ -142,3 +142,12 @@ def test_a_fingerprint_sees_each_component_and_a_changed_header(tiny: Path, tmp_
         save_file(tensors, target)
         seen.add(fingerprint(folder))
     assert len(seen) == 7
+
+
+def test_a_fingerprint_sees_names_that_change_places(tiny: Path, copy: Path) -> None:
+    content = (copy / TRANSFORMER).read_bytes()
+    for old, new in ((b"noise_refiner.0", b"noise_refiner.@"), (b"noise_refiner.1", b"noise_refiner.0")):
+        content = content.replace(old, new)
+    (copy / TRANSFORMER).write_bytes(content.replace(b"noise_refiner.@", b"noise_refiner.1"))
+    assert inspect_checkpoint(copy).problems == ()
+    assert fingerprint(copy) != fingerprint(tiny)

@@ -123,6 +123,17 @@ def test_only_needed_files_are_downloaded_and_only_once(copy: Path, hub: Hub, lo
     assert hub.requests == []
 
 
+def test_what_the_repository_lacks_is_asked_for_once(copy: Path, hub: Hub, locate_anew: Locator) -> None:
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}).replace("chat_t", "t"))
+    hub.files = copy
+    assert locate_anew().error is None
+    assert ("HEAD", "tokenizer/chat_template.jinja") in hub.requests
+    hub.requests.clear()
+    assert locate_anew().error is None
+    assert hub.requests == [("HEAD", "model_index.json")]
+
+
 def test_what_was_downloaded_loads_from_the_cache_of_links(tiny: Path, hub: Hub, locate_anew: Locator) -> None:
     folder = locate_anew().folder
     assert folder is not None

@@ -40,6 +40,8 @@ def test_what_is_saved_loads_again_bit_for_bit(max_shard_size: Any, turbo: Compo
     assert (len(list((folder / "transformer").glob("*.safetensors"))) > 1) == (max_shard_size != "5GB")
     assert inspect_checkpoint(folder).problems == ()
     assert inspect_checkpoint(folder).variant == "turbo"
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "ZImageTransformer2DModel"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -130,10 +132,22 @@ def test_what_is_no_plain_model_is_refused(turbo: Components, tmp_path: Path) ->
         CheckpointError, match=r"transformer is no plain model: 2 of its tensors differ.*detach adapters"
     ):
         save_components(turbo, tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_are_elsewhere_are_refused(turbo: Components, tmp_path: Path) -> None:
     turbo.vae.to("meta")
-    with pytest.raises(CheckpointError, match="is no plain model"):
+    with pytest.raises(CheckpointError, match="the vae is no plain model"):
         save_components(turbo, tmp_path / "saved")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_source_that_was_damaged_meanwhile_is_not_passed_on(copy: Path, tmp_path: Path) -> None:
+    components = load_components(copy, dtype=torch.float32)
+    (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be built"):
+        save_components(components, tmp_path / "saved")
+    assert os.listdir(tmp_path) == ["copy"]
 
 
 @pytest.mark.parametrize("size", ["many", "0GB", "-1GB", "nanGB", -1, 0, None, 1.5, True])

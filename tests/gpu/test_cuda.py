@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device: no host synchronisation inside a step, the same bits for a seed, diffusers' numbers."""
+"""What must hold on CUDA: no host synchronisation inside a step, the same bits for a seed, diffusers' numbers."""
 
 from pathlib import Path
 

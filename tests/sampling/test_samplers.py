@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -101,11 +102,11 @@ def test_order_of_dpmpp_2m_from_noise_to_image(shift: float) -> None:
     )
 
 
-@pytest.mark.parametrize("steps", [8, 16, 28])
+@pytest.mark.parametrize(("steps", "share"), [(8, 0.9), (16, 0.5), (28, 0.3), (50, 0.2)])
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
-def test_second_order_pays_at_the_step_counts_in_use(name: str, steps: int) -> None:
+def test_second_order_pays_at_the_step_counts_in_use(name: str, steps: int, share: float) -> None:
     schedule = [whole(steps, 3.0)]
-    assert errors(SAMPLERS[name], schedule)[0] < 0.5 * errors(euler, schedule)[0]
+    assert errors(SAMPLERS[name], schedule)[0] < share * errors(euler, schedule)[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
@@ -124,7 +125,7 @@ def test_straight_paths_are_exact(name: str, steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 4, 8, 50])
 def test_euler_has_the_bits_of_diffusers_scheduler(steps: int, shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps, dtype=np.float32), device="cpu")
+    scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(steps), device="cpu")
     scheduler.set_begin_index(0)
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = latents
@@ -135,6 +136,7 @@ def test_euler_has_the_bits_of_diffusers_scheduler(steps: int, shift: float) -> 
         assert torch.equal(step.latents, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.parametrize("steps", [2, 3, 10, 20])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_dpmpp_2m_takes_the_steps_of_diffusers_solver(steps: int, shift: float) -> None:

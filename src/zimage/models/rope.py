@@ -14,7 +14,7 @@ def axis_rotations(positions: Tensor, size: int, theta: float) -> Tensor:
 
     Angles are formed in float64, as in the reference: float32 would lose 1e-5 at position 1500.
     """
-    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size))
+    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size))
     angles = torch.outer(positions.double(), frequencies).float()
     return torch.polar(torch.ones_like(angles), angles)
 

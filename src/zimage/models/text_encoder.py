@@ -55,7 +55,7 @@ class TextEncoder:
         ids = encoded["input_ids"]
         if len(ids) <= max_sequence_length:
             return Tokens(tuple(ids), len(ids))
-        cut_at = encoded["offset_mapping"][max_sequence_length][0]
+        cut_at = max(encoded["offset_mapping"][max_sequence_length][0], _PROMPT_START)
         return Tokens(tuple(ids[:max_sequence_length]), len(ids), text[cut_at : _PROMPT_START + len(prompt)])
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ def without_last_layer(model: Any) -> Qwen3Model:
 def with_last_layer(model: Qwen3Model) -> Qwen3Model:
     """The inverse for code that reads `hidden_states[-2]`, as diffusers does: the last two are all it records.
 
-    transformers records with hooks that every model leaves on its layers; on shared layers one would record for another.
+    transformers records with hooks that a model leaves on its layers; on shared layers one would record for another.
     """
     shared = copy.copy(model)
 

@@ -107,7 +107,7 @@ class ZImageTransformer(ZImageTransformer2DModel):
         rows, columns = latent_height // PATCH, latent_width // PATCH
         device = self.x_pad_token.device
         axes = [
-            axis_rotations(torch.arange(start, start + count), size, self.rope_theta)
+            axis_rotations(torch.arange(start, start + count, device="cpu"), size, self.rope_theta)
             for start, count, size in zip((caption_length + 1, 0, 0), (1, rows, columns), self.axes_dims, strict=True)
         ]
         image = torch.cat(
@@ -118,7 +118,7 @@ class ZImageTransformer(ZImageTransformer2DModel):
             ],
             dim=-1,
         ).flatten(0, 1)  # (tokens, head_dim / 2)
-        pads = torch.ones(_padded(len(image)) - len(image), image.shape[1], dtype=image.dtype)  # position (0, 0, 0)
+        pads = image.new_ones(_padded(len(image)) - len(image), image.shape[1])  # position (0, 0, 0)
         rotations = torch.cat([image, pads]).to(device)
         rotations = torch.cat([rotations, self._caption_rotations(caption_length, device)])[None]
         return ImageGrid(rows=rows, columns=columns, caption_length=caption_length, rotations=rotations)
@@ -178,9 +178,9 @@ class ZImageTransformer(ZImageTransformer2DModel):
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
     def _caption_rotations(self, length: int, device: torch.device) -> Tensor:
-        positions = torch.arange(1, length + 1)
+        positions = torch.arange(1, length + 1, device="cpu")
         first = axis_rotations(positions, self.axes_dims[0], self.rope_theta)  # (length, axis / 2)
-        rest = torch.ones(length, sum(self.axes_dims[1:]) // 2, dtype=first.dtype)
+        rest = first.new_ones(length, sum(self.axes_dims[1:]) // 2)
         return torch.cat([first, rest], dim=1).to(device)
 
     def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:

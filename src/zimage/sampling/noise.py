@@ -15,7 +15,8 @@ _STATE_SEED_BYTES = 8
 
 def seeded_noise(seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise of `shape` in float32 on the CPU, from a generator of its own."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float32)
 
 
 def fresh_seed(generator: torch.Generator) -> int | None:
@@ -23,7 +24,7 @@ def fresh_seed(generator: torch.Generator) -> int | None:
     if generator.device.type != "cpu":
         return None
     seed = generator.initial_seed() % 2**32
-    fresh = torch.Generator().manual_seed(seed).get_state()
+    fresh = torch.Generator("cpu").manual_seed(seed).get_state()
     same = torch.equal(generator.get_state()[_STATE_SEED_BYTES:], fresh[_STATE_SEED_BYTES:])
     return seed if same else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ def shifted_sigmas(steps: int, shift: float, sigmas: Sequence[float] = ()) -> Te
     `shift·s / (1 + (shift − 1)·s)` (Stable Diffusion 3, arXiv 2403.03206, eq. 23). The operations and their order
     are those of diffusers' Z-Image pipeline and FlowMatchEulerDiscreteScheduler, so that the bits are too.
     """
-    levels = torch.tensor(sigmas, dtype=torch.float32) if len(sigmas) else torch.linspace(1.0, 1.0 / steps, steps)
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    levels = torch.tensor(sigmas, **kind) if len(sigmas) else torch.linspace(1.0, 1.0 / steps, steps, **kind)
     levels = shift * levels / (1 + (shift - 1) * levels)
-    return torch.cat([levels, torch.zeros(1)])
+    return torch.cat([levels, torch.zeros(1, **kind)])
 
 
 def model_timesteps(sigmas: Tensor) -> Tensor:

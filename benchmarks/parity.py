@@ -1,0 +1,102 @@
+"""How far zimage's latents are from diffusers', over sizes, guidance, precisions and checkpoints: the table of
+docs/parity.md.
+
+Errors are relative: the largest difference over the largest value, and the root mean square of both. "features" rows
+give both sides the same caption features, "prompt" rows let each side encode the prompt, and "to float32" is each
+side's distance to diffusers' float32 result, the scale on which a half precision's error should be read.
+
+    python benchmarks/parity.py [--sizes tiny,small,wide] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from zimage import ZImagePipeline
+from zimage.testing import build_checkpoint
+
+PROMPT, NEGATIVE = "a red fox in the snow, 一只红狐狸", "blurry, low quality, watermark " * 12
+STEPS = {"tiny": 8, "small": 4, "wide": 2}
+
+
+def main() -> None:
+    """Print a row for each checkpoint, precision and guidance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="tiny,small,wide")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    print("| checkpoint | dtype | guidance | from | max | rms | same bits | zimage to float32 | diffusers to float32 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for size in arguments.sizes.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = build_checkpoint(Path(scratch) / "model", size=size, variant="base")
+            dtypes = ("bfloat16",) if size == "wide" else ("float32", "bfloat16", "float16")
+            references: dict[Any, Tensor] = {}
+            for dtype in dtypes:
+                compare(folder, size, dtype, arguments.device, references)
+
+
+def compare(folder: Path, size: str, dtype: str, device: str, references: dict[Any, Tensor]) -> None:
+    """Rows of one checkpoint in one precision; `references` collects diffusers' float32 latents."""
+    theirs = diffusers.ZImagePipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    theirs.set_progress_bar_config(disable=True)
+    ours = ZImagePipeline.from_diffusers(theirs)
+    sizes = ((256, 256), (256, 272)) if size != "wide" else ((256, 256),)
+    for guidance, shared in itertools.product((0.0, 0.7, 4.0), (True, False)):
+        rows = [latents(ours, theirs, guidance, shared, size, *sides) for sides in sizes]
+        worst = [max(column) for column in zip(*(distance(*row) for row in rows), strict=True)]
+        same = all(torch.equal(*row) for row in rows)
+        cells = [size, dtype, f"{guidance:g}", "features" if shared else "prompt"]
+        cells += [f"{value:.1e}" for value in worst] + ["yes" if same else "no"]
+        key = (guidance, shared)
+        if dtype == "float32":
+            references[key] = [row[1] for row in rows]
+        for side in (0, 1):
+            known = references.get(key)
+            far = max(distance(row[side], one)[1] for row, one in zip(rows, known, strict=True)) if known else None
+            cells.append("" if far is None else f"{far:.1e}")
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+def latents(
+    ours: Any, theirs: Any, guidance: float, shared: bool, size: str, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """zimage's and diffusers' latents of one picture."""
+    options = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": STEPS[size],
+        "guidance_scale": guidance,
+        "output_type": "latent",
+        "latents": torch.randn(1, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(7)),
+    }
+    texts = {"prompt": PROMPT} | ({"negative_prompt": NEGATIVE} if guidance else {})
+    if shared:
+        texts = {f"{name}_embeds": theirs._encode_prompt([text]) for name, text in texts.items()}
+    with torch.no_grad():
+        expected = theirs(**texts, **options).images
+        ours.text_encoder.forget()
+        return ours(**texts, **options, progress=False).images.float().cpu(), expected.float().cpu()
+
+
+def distance(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Largest and root-mean-square difference, relative to `other`."""
+    difference = one - other
+    return (difference.abs().max() / other.abs().max()).item(), (difference.norm() / other.norm()).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What a pipeline is made of, before any picture: loaded, taken from diffusers, moved, saved.
+
+`Parts` owns the models and the one lock that orders their use. Knows nothing of requests, steps or pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import components, runtime
+from .checkpoint.configs import read_shift
+from .checkpoint.inspect import fingerprint
+from .checkpoint.load import Components, load_components
+from .checkpoint.locate import locate
+from .checkpoint.save import save_components
+from .errors import RequestError
+from .models.autoencoder import Autoencoder
+from .models.precision import choose_dtype
+from .models.text_encoder import TextEncoder, without_last_layer
+from .models.transformer import ZImageTransformer
+from .rules import Limits
+from .variants import detect_variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": ""}
+
+
+class Parts:
+    """What a pipeline holds: the three models, the tokenizer, the variant and the shift, and one lock for their use."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Any,
+        *,
+        variant: str | None = None,
+        model: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.shift = components.shift_of(scheduler)
+        self.model = {**_UNKNOWN_MODEL, **(model or {})}
+        self.variant = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
+        self.text_encoder = TextEncoder(without_last_layer(text_encoder), tokenizer)
+        self.transformer = ZImageTransformer.share(transformer)
+        self.autoencoder = Autoencoder(vae)
+        self._folder = folder
+        self._turn = threading.RLock()
+        components.check_parts(self.text_encoder.model.config, self.transformer.config, vae.config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        torch_dtype: str | torch.dtype | None = None,
+        low_cpu_mem_usage: bool | None = None,
+    ) -> Self:
+        """Load a checkpoint in the Hugging Face layout.
+
+        Args:
+            model: "base", "turbo", a hub id, or a folder.
+            variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
+            dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
+            device: by default CUDA, MPS or the CPU, the first there is.
+            revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
+            low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
+
+        Raises `CheckpointError` for what cannot be found, read or trusted, `RequestError` for wrong arguments.
+        """
+        if dtype is not None and torch_dtype is not None:
+            raise RequestError("dtype and torch_dtype are both given; they are one setting, leave torch_dtype out")
+        target = runtime.choose_device(device)
+        precision = choose_dtype(dtype or torch_dtype or "auto", target)
+        place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
+        parts = load_components(place.folder, dtype=precision, device=target)
+        source = place.hub_id or runtime.portable_path(place.folder)
+        return cls(
+            parts.shift,
+            parts.vae,
+            parts.text_encoder,
+            parts.tokenizer,
+            parts.transformer,
+            variant=variant,
+            model={"source": source, "revision": place.revision or "", "fingerprint": fingerprint(place.folder)},
+            folder=place.folder,
+        )
+
+    @classmethod
+    def from_diffusers(cls, pipeline: Any, *, variant: str | None = None) -> Self:
+        """A pipeline over the very modules of a diffusers `ZImagePipeline`."""
+        return cls(**components.parts_of(pipeline), variant=variant)
+
+    def to_diffusers(self) -> Any:
+        """A diffusers `ZImagePipeline` over the very modules of this one."""
+        return components.to_diffusers(
+            vae=self.autoencoder.vae,
+            text_encoder=self.text_encoder.model,
+            tokenizer=self.text_encoder.tokenizer,
+            transformer=self.transformer,
+            shift=self.shift,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
+        """Write the checkpoint in the Hugging Face layout, whole or not at all; `folder` must be new or empty."""
+        parts = Components(
+            tokenizer=self.text_encoder.tokenizer,
+            text_encoder=self.text_encoder.model,
+            text_encoder_layers=self.text_encoder.model.config.num_hidden_layers + 1,
+            transformer=self.transformer,
+            vae=self.autoencoder.vae,
+            shift=self.shift,
+            folder=self._folder,
+        )
+        with self._turn:
+            save_components(parts, folder, max_shard_size=max_shard_size)
+
+    def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> Self:
+        """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself."""
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        place = self.device if device is None else runtime.choose_device(device)
+        precision = self.dtype if dtype is None else choose_dtype(dtype, place)
+        with self._turn:
+            for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
+                torch.nn.Module.to(module, device=place, dtype=precision)  # diffusers' own `to` logs a warning
+            self.text_encoder.forget()
+        return self
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
+        device = self.device.type
+        with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.x_pad_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.transformer.compute_dtype
+
+    @property
+    def limits(self) -> Limits:
+        """What the loaded model can take, read from its configuration."""
+        return components.limits_of(self.transformer.config, self.autoencoder.vae.config)

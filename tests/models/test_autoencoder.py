@@ -1,0 +1,133 @@
+"""The decoder: its affine map, the range of its pixels, and that neither NaN nor infinity turns into a colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from zimage import NonFiniteError
+from zimage.models.autoencoder import Autoencoder, to_image
+
+SCALING, SHIFT = 0.3611, 0.1159
+
+
+class Stub:
+    """A VAE whose decoder is a function of the scaled latents."""
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, **config: Any) -> None:
+        self.config = SimpleNamespace(**{"scaling_factor": SCALING, "shift_factor": SHIFT, **config})
+        self.dtype = dtype
+        self.function = decode
+
+    def decode(self, scaled: Tensor, return_dict: bool) -> tuple[Tensor]:
+        assert return_dict is False
+        return (self.function(scaled),)
+
+
+@pytest.fixture(scope="module")
+def vae(base_folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(base_folder / "vae", dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def hooked(vae: AutoencoderKL) -> Iterator[Callable[[Callable[..., Any]], None]]:
+    handles: list[Any] = []
+    yield lambda hook: handles.append(vae.decoder.conv_out.register_forward_hook(hook))
+    for handle in handles:
+        handle.remove()
+
+
+def latents(*, height: int = 4, width: int = 6, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_pixels(vae: AutoencoderKL) -> None:
+    pixels = Autoencoder(vae).decode(latents())
+    assert pixels.shape == (1, 3, 32, 48)
+    with torch.no_grad():
+        decoded = vae.decode(latents() / SCALING + SHIFT).sample
+    assert torch.equal(pixels, (decoded / 2 + 0.5).clamp(0, 1))
+    assert not pixels.requires_grad
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+def test_pixels_are_within_range(vae: AutoencoderKL, scale: float) -> None:
+    pixels = Autoencoder(vae).decode(latents(scale=scale))
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+
+
+def test_range_and_rounding_by_hand() -> None:
+    shown = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).expand(1, 3, 1, 5)
+    pixels = Autoencoder(Stub(lambda scaled: shown)).decode(latents())
+    assert pixels[0, 0, 0].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(SHIFT, 1 / SCALING + SHIFT), (None, 1 / SCALING), (0.0, 1 / SCALING)])
+def test_affine_map_by_hand(shift: float | None, expected: float) -> None:
+    seen: list[Tensor] = []
+
+    def decode(scaled: Tensor) -> Tensor:
+        seen.append(scaled)
+        return scaled[:, :3]
+
+    Autoencoder(Stub(decode, shift_factor=shift)).decode(torch.ones(1, 16, 2, 2))
+    assert seen[0].flatten().tolist() == pytest.approx([expected] * 64)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_an_error(
+    vae: AutoencoderKL, hooked: Callable[[Callable[..., Any]], None], value: float
+) -> None:
+    """Infinity would be white or black after the clamp; it is looked for before."""
+
+    def damage(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[0, 1, 3, 5] = value
+        return output
+
+    hooked(damage)
+    with pytest.raises(NonFiniteError, match="the image decoder gave NaN or infinity"):
+        Autoencoder(vae).decode(latents())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_overflow_in_half_precision_is_decoded_again(dtype: torch.dtype) -> None:
+    types: list[torch.dtype] = []
+
+    def decode(scaled: Tensor) -> Tensor:
+        image = scaled[:, :3] * 1.0
+        types.append(image.dtype)
+        return image * float("inf") if image.dtype == dtype else image
+
+    given = latents(scale=0.01)
+    pixels = Autoencoder(Stub(decode, dtype)).decode(given)
+    assert types == [dtype, torch.float32]
+    expected = ((given[:, :3] / SCALING + SHIFT) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pixels, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_to_image() -> None:
+    pixels = torch.zeros(1, 3, 2, 3)
+    pixels[0, :, 1, 2] = torch.tensor([1.0, 0.5, 0.25])
+    pixels[0, :, 0, 1] = torch.tensor([0.4999 / 255, 0.5001 / 255, 254.6 / 255])
+    image = to_image(pixels)
+    assert image.mode == "RGB"
+    assert image.size == (3, 2)
+    assert np.asarray(image)[1, 2].tolist() == [255, 128, 64]
+    assert np.asarray(image)[0, 1].tolist() == [0, 1, 255]
+    assert to_image(pixels.half()).getpixel((2, 1)) == (255, 128, 64)
+
+
+def test_every_level_survives() -> None:
+    levels = torch.arange(256) / 255
+    array = np.asarray(to_image(levels.expand(1, 3, 1, 256)))
+    assert array[0, :, 0].tolist() == list(range(256))
