@@ -69,3 +69,10 @@ def test_float16_survives_large_activations(tmp_path: Path) -> None:
     half = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="float16")("a fox", **options).images
     full = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="float32")("a fox", **options).images
     assert ((half - full).norm() / full.norm()).item() <= 1e-2
+
+
+def test_loading_to_the_device_gives_the_files_weights(base_folder: Path) -> None:
+    on_device = ZImagePipeline.from_pretrained(base_folder, device="cuda", dtype="bfloat16")
+    on_host = ZImagePipeline.from_pretrained(base_folder, device="cpu", dtype="bfloat16")
+    for name, tensor in on_host.transformer.state_dict().items():
+        assert torch.equal(on_device.transformer.state_dict()[name].cpu(), tensor), name

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
@@ -245,11 +246,18 @@ def test_layers_put_in_place_of_others_take_effect(own: ZImageTransformer) -> No
 
 
 def test_attention_backends_of_diffusers(own: ZImageTransformer) -> None:
+    """Those set on the model, and the one that is active everywhere, which setting also changes."""
     plain = predict(own, noise(20, 64))
-    own.set_attention_backend("native")
-    assert difference(predict(own, noise(20, 64)), plain) <= 1e-6
-    own.set_attention_backend("_native_math")
-    assert difference(predict(own, noise(20, 64)), plain) <= 1e-5
+    with attention_backend("native"):  # puts back the active one
+        own.set_attention_backend("native")
+        assert torch.equal(predict(own, noise(20, 64)), plain)
+        own.set_attention_backend("_native_math")
+        with_math = predict(own, noise(20, 64))
+    own.reset_attention_backend()
+    assert 0 < difference(with_math, plain) <= 1e-5
+    assert torch.equal(predict(own, noise(20, 64)), plain)
+    with attention_backend("_native_math"):
+        assert torch.equal(predict(own, noise(20, 64)), with_math)
 
 
 @pytest.mark.parametrize(

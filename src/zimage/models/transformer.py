@@ -226,12 +226,7 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
     if attention.norm_k is not None:
         key = attention.norm_k(key)
     query, key = rotate(query, rotations), rotate(key, rotations)
-    backend = attention.processor._attention_backend
-    if backend is None:
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, heads, N, head_dim)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    else:
-        mixed = dispatch_attention_fn(query, key, value, backend=backend)
+    mixed = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
     if scale != 1.0:
         mixed = mixed * scale
