@@ -29,7 +29,7 @@ import transformers
 from zimage import ZImagePipeline
 from zimage.testing import build_checkpoint
 
-WORDS = "fox snow lamp river glass stone piano cloud tiger bread ocean train violet desert candle forest mirror rain"
+SENTENCE = "a red fox in the snow next to an old wooden house under a blue sky in the morning light"
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,8 @@ def text_sides(ours: Any, theirs: Any) -> tuple[Callable[[int], Any], Callable[[
 
 
 def prompt(index: int, words: int = 8) -> str:
-    """A prompt that no other round uses."""
-    vocabulary = WORDS.split()
-    return " ".join(vocabulary[(index * 7 + step * (index % 5 + 1)) % len(vocabulary)] for step in range(words - 1)) + (
-        f" {index}"
-    )
+    """A plain English prompt of so many words and a number, which no other round has."""
+    return " ".join(SENTENCE.split()[: words - 1]) + f" {index}"
 
 
 def count_evaluations(ours: Any, theirs: Any) -> dict[str, int]:

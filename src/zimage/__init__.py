@@ -94,13 +94,16 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """torch, transformers and diffusers make millions of objects that stay: looking for garbage among them while they
-    are imported finds none and takes a fifth of the time (benchmarks/cold_start.py)."""
-    enabled = gc.isenabled()
+    """torch, transformers and diffusers make a million objects that stay: looking for garbage among them finds none
+    and takes a fifth of their import. Afterwards they count as old, so that the next look does not start with them."""
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         yield
     finally:
+        if not frozen:
+            gc.freeze()
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

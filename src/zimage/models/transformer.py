@@ -225,7 +225,7 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
         query = attention.norm_q(query)
     if attention.norm_k is not None:
         key = attention.norm_k(key)
-    query, key = rotate(query, rotations), rotate(key, rotations)
+    query, key = rotate(torch.cat([query, key], dim=2), rotations).chunk(2, dim=2)
     mixed = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
     if scale != 1.0:
