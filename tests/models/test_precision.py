@@ -240,3 +240,14 @@ def test_other_errors_pass_through() -> None:
 
     with pytest.raises(KeyError):
         finite(compute, "it")
+
+
+def test_what_is_written_in_place_is_written() -> None:
+    """To the tensor itself, in its own type, from arguments that are widened."""
+    tensor, other = torch.full((4,), 60000.0, dtype=torch.float16), torch.ones(4, dtype=torch.float16)
+    with Float32Math():
+        tensor.mul_(0.5)
+        tensor.add_(other)
+        tensor[0] = other[0]
+    assert tensor.dtype == torch.float16
+    assert tensor.tolist() == [1.0, 30000.0, 30000.0, 30000.0]

@@ -68,7 +68,8 @@ class Float32Math(TorchFunctionMode):
     """Within it, torch computes in float32 whatever the weights are stored in: a second try after an overflow.
 
     Each operation sees its half-precision arguments widened, one at a time, so no second copy of a model is needed;
-    conversions to half precision are skipped. Holds no state and acts on the calling thread only.
+    conversions to half precision are skipped, and what is written in place keeps its type. Holds no state and acts
+    on the calling thread only.
     """
 
     def __torch_function__(
@@ -80,6 +81,8 @@ class Float32Math(TorchFunctionMode):
         if func in _CASTS:
             result = func(*args, **kwargs)
             return args[0].to(result.device).float() if result.dtype in _HALF else result
+        if _writes_in_place(func):
+            return func(args[0], *_widened(args[1:]), **_widened(kwargs))
         return func(*_widened(args), **_widened(kwargs))
 
 
@@ -117,6 +120,11 @@ def non_finite(what: str) -> NonFiniteError:
 _HALF = (torch.float16, torch.bfloat16)
 _CASTS = (Tensor.to, Tensor.type_as, Tensor.half, Tensor.bfloat16)
 _READS = (Tensor.size, Tensor.stride, Tensor.data_ptr, Tensor.dim, Tensor.numel, Tensor.is_floating_point)
+
+
+def _writes_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _widened(value: Any) -> Any:
