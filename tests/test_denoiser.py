@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zimage import GenerationRequest, NonFiniteError, ZImagePipeline
-from zimage.denoiser import Conditioning, Preparation, denoising_steps, make_velocity, schedule
+from zimage.denoiser import KEPT, Conditioning, Preparation, denoising_steps, make_velocity, schedule
 from zimage.models.transformer import ZImageTransformer
 from zimage.request import ResolvedRequest
 from zimage.sampling.guidance import guide
@@ -294,3 +294,18 @@ def test_latents_given_are_not_changed(base: ZImagePipeline) -> None:
     before = LATENTS.clone(), WORDS.clone(), OTHERS.clone()
     run(base, resolve(base, guidance_scale=4.0, cfg_normalization=1.0), GUIDED)
     assert all(torch.equal(one, other) for one, other in zip((LATENTS, WORDS, OTHERS), before, strict=True))
+
+
+def test_a_call_with_many_prompts_holds_few_captions(base: ZImagePipeline) -> None:
+    """Nor many sizes or schedules: what was let go is made again, and gives the same bits."""
+    preparation = Preparation(base.transformer)
+    features = [noise(5 + index, 64, seed=index) for index in range(3 * KEPT)]
+    first = preparation.caption(features[0]).tokens
+    for index, one in enumerate(features):
+        preparation.grid(LATENTS, preparation.caption(one))
+        preparation.grid(noise(1, 16, 8, 2 + 2 * index), preparation.caption(one))
+        preparation.noise_levels(shifted_sigmas(index + 1, 3.0))
+    assert [len(held) for held in (preparation.captions, preparation.grids, preparation.levels)] == [KEPT] * 3
+    assert id(features[0]) not in preparation.captions
+    assert torch.equal(preparation.caption(features[0]).tokens, first)
+    assert len(preparation.captions) == KEPT

@@ -6,7 +6,9 @@ sampler and sees to it that every step is finite. Knows nothing of prompts' text
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,6 +18,12 @@ from .request import ResolvedRequest
 from .sampling.guidance import guide, is_guided
 from .sampling.samplers import SAMPLERS, Steps, Velocity
 from .sampling.schedule import model_timesteps, shifted_sigmas
+
+KEPT = 8
+"""Captions, sizes and schedules that a call holds at a time; a schedule of 50 steps is 50 MB at the released width."""
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,10 @@ class NoiseLevel:
 
 @dataclass
 class Preparation:
-    """What the pictures of a call share: refined captions by features, positions by size, noise levels by schedule."""
+    """What the pictures of a call share: refined captions by features, positions by size, noise levels by schedule.
+
+    Of each the last `KEPT` are held, so that a call with a thousand prompts needs no more memory than one with a few.
+    """
 
     transformer: ZImageTransformer
     captions: dict[int, tuple[Tensor, Caption]] = field(default_factory=dict)
@@ -44,27 +55,30 @@ class Preparation:
     levels: dict[tuple[float, ...], dict[float, NoiseLevel]] = field(default_factory=dict)
 
     def caption(self, features: Tensor) -> Caption:
-        if id(features) not in self.captions:
-            self.captions[id(features)] = features, self.transformer.encode_caption(features)
-        return self.captions[id(features)][1]
+        # Held with the features themselves, so that no others can come to their address.
+        return _kept(self.captions, id(features), lambda: (features, self.transformer.encode_caption(features)))[1]
 
     def grid(self, latents: Tensor, caption: Caption) -> ImageGrid:
         key = (latents.shape[2], latents.shape[3], caption.length)
-        if key not in self.grids:
-            self.grids[key] = self.transformer.grid(*key)
-        return self.grids[key]
+        return _kept(self.grids, key, lambda: self.transformer.grid(*key))
 
     def noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
         """By sigma, for every noise level but the final 0."""
-        key = tuple(sigmas.tolist())
-        if key not in self.levels:
-            times = model_timesteps(sigmas[:-1])
-            modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
-            self.levels[key] = {
-                sigma: NoiseLevel(time, modulation)
-                for sigma, time, modulation in zip(key, times.tolist(), modulations, strict=False)
-            }
-        return self.levels[key]
+        return _kept(self.levels, tuple(sigmas.tolist()), lambda: self._noise_levels(sigmas))
+
+    def _noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
+        times = model_timesteps(sigmas[:-1])
+        modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
+        pairs = zip(times.tolist(), modulations, strict=True)
+        return {sigma: NoiseLevel(*pair) for sigma, pair in zip(sigmas.tolist(), pairs, strict=False)}
+
+
+def _kept(store: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    if key not in store:
+        if len(store) >= KEPT:
+            del store[next(iter(store))]
+        store[key] = make()
+    return store[key]
 
 
 def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
@@ -82,7 +96,7 @@ def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioni
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
             return -prediction.float()
         other_grid = preparation.grid(latents, negative)
-        shared = refined if other_grid is grid else None
+        shared = refined if negative.length == positive.length else None
         other = transformer.denoise(latents, negative, other_grid, level.modulation, shared)
         return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
 
