@@ -1,7 +1,8 @@
 """From a cold process to a saved picture: zimage's command and its script beside the equivalent diffusers script.
 
-Each run is a new process; the three take turns. Counted are the time until the file is there (its modification time)
-and the time until the process has ended. One warm-up run each fills the bytecode and file caches.
+Each run is a new process; they take turns. Counted are the time until the file is there (its modification time)
+and the time until the process has ended. One warm-up run each fills the bytecode and file caches. "classes only" is the
+floor of anything that stands on these libraries: it imports the model classes that both sides use and makes no picture.
 
     python benchmarks/cold_start.py [--rounds 7] [--size tiny] [--dtype bfloat16] [--output FOLDER]
 """
@@ -34,6 +35,15 @@ pipe = ZImagePipeline.from_pretrained({folder!r}, dtype=torch.{dtype})
 pipe("a red fox in snow", height=256, width=256, num_inference_steps=8, guidance_scale=0.0,
      generator=torch.Generator().manual_seed(7)).images[0].save({path!r})
 """
+CLASSES_SCRIPT = """
+import gc
+gc.disable()
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+open({path!r}, "w").close()
+gc.freeze()
+"""
 
 
 def main() -> None:
@@ -53,6 +63,7 @@ def main() -> None:
             "zimage generate": ["-m", "zimage", *generate, "--dtype", arguments.dtype, "-o", path],
             "zimage script": ["-c", ZIMAGE_SCRIPT.format(**script)],
             "diffusers script": ["-c", DIFFUSERS_SCRIPT.format(**script)],
+            "classes only": ["-c", CLASSES_SCRIPT.format(**script)],
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for round_number in range(arguments.rounds + 1):

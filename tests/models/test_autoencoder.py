@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,79 @@ def test_pixels_are_within_range(vae: AutoencoderKL, scale: float) -> None:
     pixels = Autoencoder(vae).decode(latents(scale=scale))
     assert pixels.min() >= 0
     assert pixels.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_decoder_has_the_bits_of_diffusers(
+    vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    own = copy.deepcopy(vae).to(dtype).to(memory_format=layout)
+    scaled = latents().to(dtype) / SCALING + SHIFT
+    given = scaled.clone()
+    with torch.no_grad():
+        theirs = own.decode(scaled).sample
+        monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("decoded by diffusers"))
+        assert torch.equal(Autoencoder(own)._pixels(scaled), theirs)
+    assert torch.equal(scaled, given)
+
+
+def hook_a_block(vae: AutoencoderKL, called: Callable[[], None]) -> None:
+    vae.decoder.up_blocks[1].register_forward_hook(lambda *_: called())
+
+
+def hook_a_residual(vae: AutoencoderKL, called: Callable[[], None]) -> None:
+    vae.decoder.mid_block.resnets[0].register_forward_pre_hook(lambda *_: called())
+
+
+def hook_an_activation(vae: AutoencoderKL, called: Callable[[], None]) -> None:
+    vae.decoder.up_blocks[0].resnets[1].nonlinearity.register_forward_hook(lambda *_: called())
+
+
+def offload(vae: AutoencoderKL, called: Callable[[], None]) -> None:
+    vae._hf_hook = SimpleNamespace(pre_forward=lambda module: called())
+
+
+def replace_a_residual(vae: AutoencoderKL, called: Callable[[], None]) -> None:
+    class Other(type(vae.decoder.mid_block.resnets[1])):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            called()
+            return super().forward(*args, **kwargs)
+
+    vae.decoder.mid_block.resnets[1].__class__ = Other
+
+
+@pytest.mark.parametrize("change", [hook_a_block, hook_a_residual, hook_an_activation, offload, replace_a_residual])
+def test_what_is_attached_to_the_decoder_is_called(
+    vae: AutoencoderKL, change: Callable[[AutoencoderKL, Callable[[], None]], None]
+) -> None:
+    own, calls = copy.deepcopy(vae), []
+    change(own, lambda: calls.append(1))
+    pixels = Autoencoder(own).decode(latents())
+    assert calls
+    assert torch.equal(pixels, Autoencoder(vae).decode(latents()))
+
+
+def test_tiling_is_kept(vae: AutoencoderKL) -> None:
+    own = copy.deepcopy(vae)
+    own.enable_tiling()
+    own.tile_latent_min_size, own.tile_sample_min_size = 4, 32
+    with torch.no_grad():
+        decoded = own.decode(latents() / SCALING + SHIFT).sample
+    assert torch.equal(Autoencoder(own).decode(latents()), (decoded / 2 + 0.5).clamp(0, 1))
+    assert not torch.equal(Autoencoder(own).decode(latents()), Autoencoder(vae).decode(latents()))
+
+
+def test_a_decoder_of_another_kind_is_left_to_diffusers() -> None:
+    channels, kinds = (8, 8), ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+    other = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=kinds, block_out_channels=channels,
+        latent_channels=16, norm_num_groups=4, scaling_factor=SCALING, shift_factor=SHIFT,
+        use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        decoded = other.decode(latents() / SCALING + SHIFT).sample
+    assert torch.equal(Autoencoder(other).decode(latents()), (decoded / 2 + 0.5).clamp(0, 1))
 
 
 def test_range_and_rounding_by_hand() -> None:

@@ -70,8 +70,7 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device) -> Components
         blank = found.blanks[component]
         fill(blank.module, found.weights[component], blank.targets, dtype=dtype, device=device)
     vae = found.blanks["vae"].module
-    if dtype != torch.float32:  # decodes 2.7 times faster in bfloat16 on a CPU, and half as fast in float32
-        vae.to(memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)  # on a CPU it decodes 1.1 to 1.3 times as fast, in bfloat16 2 times
     return Components(
         tokenizer=found.tokenizer,
         text_encoder=found.blanks["text_encoder"].module,

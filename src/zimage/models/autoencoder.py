@@ -1,13 +1,23 @@
-"""Latents to pixels, one image at a time. diffusers' AutoencoderKL does the work; knows nothing of prompts or files."""
+"""Latents to pixels, one image at a time, with the weights of diffusers' AutoencoderKL; knows no prompts and no files.
+
+The decoder's modules are called in diffusers' order. What lies between them is done in place: a decode touches half
+the memory, which is most of its time where convolutions are cheap, and every bit stays as it was.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock2D
 from PIL import Image
 from torch import Tensor
+from torch.nn import SiLU
 
+from .layers import activate, is_bare
 from .precision import finite
 
 
@@ -26,11 +36,62 @@ class Autoencoder:
         """
         config = self.vae.config
         scaled = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-        pixels = finite(lambda: self.vae.decode(scaled, return_dict=False)[0], "the image decoder")
-        return (pixels * 0.5 + 0.5).clamp(0, 1)
+        pixels = finite(lambda: self._pixels(scaled), "the image decoder")
+        return (pixels * 0.5).add_(0.5).clamp_(0, 1)
+
+    def _pixels(self, scaled: Tensor) -> Tensor:
+        """The decoder's output (1, 3, 8h, 8w), around [-1, 1]."""
+        if _is_plain(self.vae):
+            return _decoder(self.vae.decoder, scaled)
+        return self.vae.decode(scaled, return_dict=False)[0]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Pixels (1, 3, H, W) in [0, 1] as an 8-bit RGB image."""
     array = pixels[0].permute(1, 2, 0).float().mul(255).round().to(torch.uint8).cpu().numpy()  # (H, W, 3)
     return Image.fromarray(array)
+
+
+def _is_plain(vae: Any) -> bool:
+    """Whether `vae` decodes as `_decoder` does: untiled, of the blocks known here, nothing hooked."""
+    if type(vae) is not AutoencoderKL or vae.use_tiling or vae.post_quant_conv is not None or hasattr(vae, "_hf_hook"):
+        return False
+    blocks = (vae.decoder.mid_block, *vae.decoder.up_blocks)
+    return (
+        type(vae.decoder) is Decoder
+        and all(type(block) in (UNetMidBlock2D, UpDecoderBlock2D) for block in blocks)
+        and all(_is_plain_residual(residual) for block in blocks for residual in block.resnets)
+        and all(is_bare(module) for module in vae.decoder.modules())
+    )
+
+
+def _is_plain_residual(block: Any) -> bool:
+    return (
+        type(block) is ResnetBlock2D
+        and type(block.nonlinearity) is SiLU
+        and block.time_emb_proj is None
+        and block.time_embedding_norm in ("default", "group")
+        and block.output_scale_factor == 1
+        and not block.training
+    )
+
+
+def _decoder(decoder: Any, scaled: Tensor) -> Tensor:
+    middle = decoder.mid_block
+    hidden = _residual(middle.resnets[0], decoder.conv_in(scaled))
+    for attention, residual in zip(middle.attentions, middle.resnets[1:], strict=True):
+        hidden = _residual(residual, hidden if attention is None else attention(hidden, temb=None))
+    for block in decoder.up_blocks:
+        for residual in block.resnets:
+            hidden = _residual(residual, hidden)
+        for upsampler in block.upsamplers or ():
+            hidden = upsampler(hidden)  # (1, C, 2H, 2W)
+    return decoder.conv_out(activate(decoder.conv_norm_out, hidden))
+
+
+def _residual(block: Any, hidden: Tensor) -> Tensor:
+    update = block.conv1(activate(block.norm1, hidden))
+    update = block.conv2(activate(block.norm2, update))
+    if block.conv_shortcut is not None:
+        hidden = block.conv_shortcut(hidden)
+    return update.add_(hidden)

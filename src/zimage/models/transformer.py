@@ -14,11 +14,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor
 
+from .layers import activate, normalize
 from .precision import overflow_scale, residual_dtype
 from .rope import axis_rotations, rotate
 
@@ -185,16 +185,13 @@ class ZImageTransformer(ZImageTransformer2DModel):
 
     def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:
         scale = overflow_scale(self.compute_dtype)
-        hidden = block.attention_norm1(tokens)
-        if modulation is None:
-            update = _attention(block.attention, hidden, rotations, scale)
-            tokens = tokens + block.attention_norm2(update)
-            return tokens + block.ffn_norm2(_feed_forward(block.feed_forward, block.ffn_norm1(tokens), scale))
-        attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation
-        update = _attention(block.attention, hidden * attention_scale, rotations, scale)
-        tokens = tokens + attention_gate * block.attention_norm2(update)
-        hidden = block.ffn_norm1(tokens) * feed_forward_scale
-        return tokens + feed_forward_gate * block.ffn_norm2(_feed_forward(block.feed_forward, hidden, scale))
+        attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
+        hidden = normalize(block.attention_norm1, tokens, attention_scale)
+        update = _attention(block.attention, hidden, rotations, scale)
+        tokens = tokens + normalize(block.attention_norm2, update, attention_gate)
+        hidden = normalize(block.ffn_norm1, tokens, feed_forward_scale)
+        update = _feed_forward(block.feed_forward, hidden, scale)
+        return tokens + normalize(block.ffn_norm2, update, feed_forward_gate)
 
 
 def batch_captions(captions: Sequence[Caption]) -> Caption:
@@ -222,9 +219,9 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
         for project in (attention.to_q, attention.to_k, attention.to_v)
     )
     if attention.norm_q is not None:
-        query = attention.norm_q(query)
+        query = normalize(attention.norm_q, query)
     if attention.norm_k is not None:
-        key = attention.norm_k(key)
+        key = normalize(attention.norm_k, key)
     query, key = rotate(torch.cat([query, key], dim=2), rotations).chunk(2, dim=2)
     mixed = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
@@ -236,7 +233,7 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
 
 
 def _feed_forward(feed_forward: Any, hidden: Tensor, scale: float) -> Tensor:
-    gate = F.silu(feed_forward.w1(hidden))
+    gate = activate(feed_forward.w1, hidden)
     if scale == 1.0:
-        return feed_forward.w2(gate * feed_forward.w3(hidden))
-    return feed_forward.w2(gate * (feed_forward.w3(hidden) * scale)).float() / scale
+        return feed_forward.w2(gate.mul_(feed_forward.w3(hidden)))
+    return feed_forward.w2(gate.mul_(feed_forward.w3(hidden) * scale)).float() / scale
