@@ -50,13 +50,29 @@ def latents(*, height: int = 4, width: int = 6, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
+def reference(vae: AutoencoderKL) -> Tensor:
+    """The pixels of `latents()` by diffusers, in zimage's layout."""
+    scaled = (latents() / SCALING + SHIFT).contiguous(memory_format=torch.channels_last)
+    return (vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+
+
 def test_pixels(vae: AutoencoderKL) -> None:
     pixels = Autoencoder(vae).decode(latents())
     assert pixels.shape == (1, 3, 32, 48)
-    with torch.no_grad():
-        decoded = vae.decode(latents() / SCALING + SHIFT).sample
-    assert torch.equal(pixels, (decoded / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(pixels, reference(vae))
     assert not pixels.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_layout_of_the_weights_does_not_change_the_bits(vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    """Loaded by diffusers or by zimage; and the weights of a shared VAE stay as they lie."""
+    plain, last = (
+        copy.deepcopy(vae).to(dtype).to(memory_format=layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert torch.equal(Autoencoder(plain).decode(latents()), Autoencoder(last).decode(latents()))
+    assert plain.decoder.conv_in.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
@@ -121,9 +137,7 @@ def test_tiling_is_kept(vae: AutoencoderKL) -> None:
     own = copy.deepcopy(vae)
     own.enable_tiling()
     own.tile_latent_min_size, own.tile_sample_min_size = 4, 32
-    with torch.no_grad():
-        decoded = own.decode(latents() / SCALING + SHIFT).sample
-    assert torch.equal(Autoencoder(own).decode(latents()), (decoded / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(Autoencoder(own).decode(latents()), reference(own))
     assert not torch.equal(Autoencoder(own).decode(latents()), Autoencoder(vae).decode(latents()))
 
 
@@ -134,9 +148,7 @@ def test_a_decoder_of_another_kind_is_left_to_diffusers() -> None:
         latent_channels=16, norm_num_groups=4, scaling_factor=SCALING, shift_factor=SHIFT,
         use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip
-    with torch.no_grad():
-        decoded = other.decode(latents() / SCALING + SHIFT).sample
-    assert torch.equal(Autoencoder(other).decode(latents()), (decoded / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(Autoencoder(other).decode(latents()), reference(other))
 
 
 def test_range_and_rounding_by_hand() -> None:

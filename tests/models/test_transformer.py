@@ -124,6 +124,21 @@ def test_a_batch_gives_what_its_members_give(transformer: ZImageTransformer) -> 
         assert difference(together[step][member : member + 1], alone) <= 1e-6
 
 
+def test_captions_together_are_what_each_is_alone(transformer: ZImageTransformer) -> None:
+    lengths = (20, 33, 64)
+    features = [noise(length, 64, seed=length) for length in lengths]
+    filled = torch.stack([torch.cat([one, noise(64 - len(one), 64, seed=9)]) for one in features])
+    together = transformer.encode_captions(filled, lengths)
+    assert together.tokens.shape == (3, 64, 64)
+    for index in (1, 2):
+        alone = transformer.encode_caption(features[index])
+        assert difference(together.tokens[index : index + 1], alone.tokens) <= 1e-6
+    longer = transformer.encode_captions(filled[:1], [20])
+    assert difference(together.tokens[:1], longer.tokens) <= 1e-6
+    with pytest.raises(ValueError, match="multiple of 32 tokens, got 40"):
+        transformer.encode_captions(filled[:, :40], lengths)
+
+
 def test_one_caption_serves_a_batch_of_latents(transformer: ZImageTransformer) -> None:
     latents, features = noise(3, 16, ROWS, COLUMNS), noise(20, 64)
     together = predict(transformer, features, latents)

@@ -69,14 +69,12 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device) -> Components
     for component in PARTS:
         blank = found.blanks[component]
         fill(blank.module, found.weights[component], blank.targets, dtype=dtype, device=device)
-    vae = found.blanks["vae"].module
-    vae.to(memory_format=torch.channels_last)  # on a CPU it decodes 1.1 to 1.3 times as fast, in bfloat16 2 times
     return Components(
         tokenizer=found.tokenizer,
         text_encoder=found.blanks["text_encoder"].module,
         text_encoder_layers=configs.text_encoder["num_hidden_layers"],
         transformer=found.blanks["transformer"].module,
-        vae=vae,
+        vae=found.blanks["vae"].module,
         shift=configs.shift,
         folder=found.folder,
     )

@@ -92,12 +92,23 @@ class ZImageTransformer(ZImageTransformer2DModel):
         """Refine caption features (tokens, cap_feat_dim) into a `Caption` of batch 1."""
         length = features.shape[0]
         fill = _padded(length) - length
-        features = features.to(self.compute_dtype)
-        tokens = self.cap_embedder(torch.cat([features, features[-1:].expand(fill, -1)]))  # (padded, dim)
-        if fill:
-            tokens = torch.cat([tokens[:length], self.cap_pad_token.to(tokens.dtype).expand(fill, -1)])
-        tokens = tokens[None].to(residual_dtype(self.compute_dtype))  # (1, padded, dim)
-        rotations = self._caption_rotations(length + fill, tokens.device)[None]
+        return self.encode_captions(torch.cat([features, features[-1:].expand(fill, -1)])[None], [length])
+
+    def encode_captions(self, features: Tensor, lengths: Sequence[int]) -> Caption:
+        """Refine the features (B, padded, cap_feat_dim) of captions of one padded length, a multiple of 32.
+
+        What stands at and after a caption's own of the `lengths` is ignored: the learned pad takes its place.
+        """
+        padded = features.shape[1]
+        if padded % TOKEN_MULTIPLE:
+            raise ValueError(f"captions must be filled up to a multiple of {TOKEN_MULTIPLE} tokens, got {padded}")
+        tokens = self.cap_embedder(features.to(self.compute_dtype))  # (B, padded, dim)
+        if min(lengths) < padded:
+            ends = torch.tensor(lengths, device="cpu")[:, None]
+            is_pad = torch.arange(padded, device="cpu") >= ends  # (B, padded)
+            tokens = torch.where(is_pad[..., None].to(tokens.device), self.cap_pad_token.to(tokens.dtype), tokens)
+        tokens = tokens.to(residual_dtype(self.compute_dtype))
+        rotations = self._caption_rotations(padded, tokens.device)[None]
         for block in self.context_refiner:
             tokens = self._run_block(block, tokens, rotations, None)
         return Caption(tokens)
