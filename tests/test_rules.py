@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from zimage import GenerationRequest, RequestError, ZImageError, ZImagePipeline
+from zimage.components import limits_of
 from zimage.rules import MAX_AREA, MAX_SEED, MIN_AREA, Limits, number, shown
 from zimage.variants import BASE, TURBO, VARIANTS
 
@@ -251,6 +253,33 @@ def test_areas_are_bounded_and_any_size_lifts_the_bounds(height: int, width: int
         with pytest.raises(RequestError, match=re.escape(f"{width}x{height} is")):
             GenerationRequest("x", **asked).resolve(TURBO)
     assert GenerationRequest("x", **asked, any_size=True).resolve(TURBO).width == width
+
+
+@pytest.mark.parametrize(
+    ("native", "default", "least", "most"), [(1024, 1024, 256, 2048), (128, 128, 32, 256), (192, 192, 48, 384), (100, 96, 32, 192)]
+)
+def test_sizes_go_with_the_side_that_a_model_was_trained_at(native: int, default: int, least: int, most: int) -> None:
+    limits = Limits(native_side=native)
+
+    def resolve(**asked: int) -> Any:
+        return GenerationRequest("x", **asked).resolve(TURBO, limits=limits)
+
+    assert (resolve().height, resolve().width) == (default, default)
+    assert resolve(height=least, width=least).height == least
+    assert resolve(height=most, width=most).width == most
+    for height, width in ((least, least - 16), (most, most + 32)):
+        with pytest.raises(
+            RequestError, match=rf"{width}x{height} is .*² to .*²\)\. Choose such a size, or pass any_size"
+        ):
+            resolve(height=height, width=width)
+
+
+def test_the_native_side_is_read_from_the_vae(turbo: ZImagePipeline) -> None:
+    configs = turbo.transformer.config, turbo.autoencoder.vae.config
+    assert turbo.limits.native_side == 1024
+    for said, side in ((128, 128), (32, 1024), (512, 512)):
+        vae = SimpleNamespace(**{**configs[1], "sample_size": said})
+        assert limits_of(configs[0], vae).native_side == side
 
 
 @pytest.mark.parametrize("seed", [0, 7, MAX_SEED, np.int64(7), np.uint32(MAX_SEED), torch.tensor(7)])

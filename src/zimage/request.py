@@ -39,7 +39,7 @@ class GenerationRequest:
     Args:
         prompt: the text; may be empty. Left out only where `prompt_embeds` is given.
         negative_prompt: what to steer away from; needs guidance (base only).
-        height, width: pixels, multiples of 16, 256² to 2048² in area.
+        height, width: pixels, multiples of 16, 256² to 2048² in area for a model trained at 1024².
         num_inference_steps: denoising steps, 1 to 1000; with Euler one step is one evaluation, two with guidance.
         guidance_scale: g in `pos + g·(pos − neg)`; 0 is off. Tools that write `neg + c·(pos − neg)` have c = g + 1.
         cfg_normalization: caps the norm of the guided prediction at so many times the positive one's;

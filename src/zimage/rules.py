@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 SAMPLERS = ("euler", "heun", "dpmpp_2m")
 MAX_SEED = 2**32 - 1
 """Largest seed. torch's CPU generator uses the low 32 bits only: a larger seed would repeat a smaller one's image."""
+NATIVE_SIDE = 1024
+"""Pixels per side that the variants' sizes are meant for: the released models' (`sample_size` in vae/config.json)."""
 MIN_AREA, MAX_AREA = 256**2, 2048**2
-"""Pixels of an image; the models are made for 512² to 2048² (model cards)."""
+"""Pixels of an image at that side; the models are made for 512² to 2048² (model cards)."""
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
 
@@ -37,6 +39,8 @@ class Limits:
 
     latent_channels: int = 16
     latent_scale: int = 8
+    native_side: int = NATIVE_SIDE
+    """Pixels per side that the model was trained at; the default size and the range of areas go with it."""
     size_multiple: int = 16
     max_side: int = 8192
     """Pixels: `axes_lens` of the RoPE table times the size multiple."""
@@ -72,11 +76,11 @@ def resolve_texts(request: GenerationRequest) -> tuple[str, str]:
 
 
 def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -> tuple[int, int]:
+    scale, step = limits.native_side / NATIVE_SIDE, limits.size_multiple
     sides = []
     for name in ("height", "width"):
-        asked = getattr(request, name)
-        side = integer(name, _or(asked, getattr(variant, name)), 1, limits.max_side)
-        step = limits.size_multiple
+        default = max(step, round(getattr(variant, name) * scale / step) * step)
+        side = integer(name, _or(getattr(request, name), default), 1, limits.max_side)
         if side % step:
             lower, upper = side // step * step, (side // step + 1) * step
             choices = f"{lower} or {upper}" if lower else str(upper)
@@ -85,10 +89,12 @@ def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -
     height, width = sides
     if not isinstance(request.any_size, bool):
         raise RequestError(f"any_size must be True or False, got {shown(request.any_size)}")
-    if not request.any_size and not MIN_AREA <= height * width <= MAX_AREA:
+    least, most = MIN_AREA * scale**2, MAX_AREA * scale**2
+    if not request.any_size and not least <= height * width <= most:
         raise RequestError(
-            f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the models are made for "
-            f"{MIN_AREA / 1e6:.2f} to {MAX_AREA / 1e6:.2f} (256² to 2048²). Choose such a size, or pass any_size=True"
+            f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the model is made for {least / 1e6:.2g} to "
+            f"{most / 1e6:.2g} ({math.sqrt(least):.0f}² to {math.sqrt(most):.0f}²). Choose such a size, or pass "
+            "any_size=True"
         )
     return height, width
 

@@ -143,9 +143,15 @@ def test_the_variant_is_known_from_names() -> None:
 
 def test_requests_are_checked_as_far_as_the_variant_is_known() -> None:
     guided = GenerationRequest("a fox", guidance_scale=3)
-    check_request(guided, BASE)
-    check_request(guided, None)
-    with pytest.raises(RequestError, match="must be 0 for Z-Image-Turbo"):
-        check_request(guided, TURBO)
+    check_request(guided, "base", None)
+    check_request(guided, "./folder", None)
+    for model, variant in (("turbo", None), ("Tongyi-MAI/Z-Image-Turbo", None), ("./folder", "turbo")):
+        with pytest.raises(RequestError, match="must be 0 for Z-Image-Turbo"):
+            check_request(guided, model, variant)
     with pytest.raises(RequestError, match="multiple of 16"):
-        check_request(GenerationRequest("a fox", height=1000), None)
+        check_request(GenerationRequest("a fox", height=1000), "./folder", None)
+    small = GenerationRequest("a fox", height=128, width=128)
+    check_request(small, "./folder", "turbo")
+    for model in ("base", "Tongyi-MAI/Z-Image"):
+        with pytest.raises(RequestError, match="128x128 is"):
+            check_request(small, model, None)

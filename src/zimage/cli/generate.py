@@ -25,7 +25,6 @@ from .options import (
     Quiet,
     check_request,
     chosen_model,
-    known_variant,
     read_normalization,
     read_prompt,
     read_size,
@@ -93,7 +92,7 @@ def generate(
         **read_size(size, height, width),
     )
     requests = expand_requests(read_prompt(prompt), **options)
-    check_request(requests[0], known_variant(source, variant))
+    check_request(requests[0], source, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
 
     from .. import ZImagePipeline

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,17 +48,28 @@ def chosen_model(model: str | None) -> str:
     return model
 
 
+def is_released(model: str) -> bool:
+    """Whether `model` is the alias or the hub id of a released model."""
+    return model in VARIANTS or any(known.hub_id == model for known in VARIANTS.values())
+
+
 def known_variant(model: str, variant: str | None) -> Variant | None:
     """The variant of a model, as far as names tell before it is loaded; errors as in `detect_variant`."""
-    hub_id = VARIANTS[model].hub_id if model in VARIANTS else model
-    if variant is None and all(known.hub_id != hub_id for known in VARIANTS.values()):
+    if variant is None and not is_released(model):
         return None
+    hub_id = VARIANTS[model].hub_id if model in VARIANTS else model
     return detect_variant(variant=variant, hub_id=hub_id, shift=None)
 
 
-def check_request(request: GenerationRequest, variant: Variant | None) -> None:
-    """Raise `RequestError` for a request that the variant, or every variant if it is not known, will refuse."""
-    candidates = [variant] if variant else list(VARIANTS.values())
+def check_request(request: GenerationRequest, model: str, variant: str | None) -> None:
+    """Raise `RequestError` for a request that the model, as far as its name tells, will refuse.
+
+    Where the variant is not known, that is one which every variant refuses. Sizes are known of the released models.
+    """
+    known = known_variant(model, variant)
+    candidates = [known] if known else list(VARIANTS.values())
+    if not is_released(model):
+        request = replace(request, any_size=True)
     errors = []
     for candidate in candidates:
         try:
