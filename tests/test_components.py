@@ -43,6 +43,15 @@ def test_the_variant_can_be_said(turbo_folder: Path) -> None:
         ZImagePipeline.from_pretrained(turbo_folder, variant="edit", dtype="float32", device="cpu")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_converted_pipeline_has_the_bits_of_one_loaded_so(
+    own_turbo: ZImagePipeline, turbo_folder: Path, dtype: str
+) -> None:
+    """Weights are converted; the frequencies of the text encoder's rotary embedding are not."""
+    loaded = ZImagePipeline.from_pretrained(turbo_folder, dtype=dtype, device="cpu")
+    assert digest(own_turbo.to(dtype=dtype)) == digest(loaded)
+
+
 def test_another_precision_gives_almost_the_same_picture(turbo: ZImagePipeline, own_turbo: ZImagePipeline) -> None:
     call: Options = {"prompt": "a", "height": 64, "width": 64, "any_size": True, "seed": 1, "output_type": "latent"}
     exact = turbo(**call).images

@@ -256,7 +256,8 @@ def test_areas_are_bounded_and_any_size_lifts_the_bounds(height: int, width: int
 
 
 @pytest.mark.parametrize(
-    ("native", "default", "least", "most"), [(1024, 1024, 256, 2048), (128, 128, 32, 256), (192, 192, 48, 384), (100, 96, 32, 192)]
+    ("native", "default", "least", "most"),
+    [(1024, 1024, 256, 2048), (128, 128, 32, 256), (192, 192, 48, 384), (100, 96, 32, 192)],
 )
 def test_sizes_go_with_the_side_that_a_model_was_trained_at(native: int, default: int, least: int, most: int) -> None:
     limits = Limits(native_side=native)

@@ -22,7 +22,7 @@ from .checkpoint.locate import locate
 from .checkpoint.save import save_components
 from .errors import RequestError
 from .models.autoencoder import Autoencoder
-from .models.precision import choose_dtype
+from .models.precision import cast, choose_dtype
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
 from .rules import Limits
@@ -145,7 +145,7 @@ class Parts:
         precision = self.dtype if dtype is None else choose_dtype(dtype, place)
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
-                torch.nn.Module.to(module, device=place, dtype=precision)  # diffusers' own `to` logs a warning
+                cast(module, dtype=precision, device=place)
             self.text_encoder.forget()
         return self
 

@@ -70,3 +70,16 @@ def test_products_depend_on_the_distance() -> None:
 
     assert product(3, 10) == pytest.approx(product(1203, 1210), abs=1e-3)
     assert abs(product(3, 10) - product(3, 11)) > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_real_form_for_the_compiler_rotates_alike(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(2, 10, 3, 32, generator=generator).to(dtype)
+    rotations = axis_rotations(torch.arange(10), 32, 256.0)[None]
+    expected = rotate(heads, rotations)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "view_as_complex", lambda *_: pytest.fail("complex arithmetic"))
+    turned = rotate(heads, rotations)
+    assert turned.dtype == dtype
+    torch.testing.assert_close(turned, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import NonFiniteError, RequestError
@@ -41,6 +41,15 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     return torch.float16 if device.type == "mps" else torch.float32
+
+
+def cast(module: nn.Module, *, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Convert and move the weights of `module` in place. Buffers are tables that were computed (the frequencies of a
+    rotary embedding): they move and keep their type, as when a checkpoint is loaded in `dtype`."""
+    tables = {(owner, name): table for owner in module.modules() for name, table in owner.named_buffers(recurse=False)}
+    nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own `to` logs a warning
+    for (owner, name), table in tables.items():
+        owner._buffers[name] = table.to(device)
 
 
 def cpu_has_bfloat16() -> bool:
