@@ -8,8 +8,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from zimage.checkpoint.bpe import SPLIT
 from zimage.testing.configs import SIZES
-from zimage.testing.tokenizer import SPLIT, train_tokenizer
+from zimage.testing.tokenizer import train_tokenizer
 
 TEXTS = [
     "A red fox in the snow, 35mm film; it's 10:45, they'll say \"hello\"!",
