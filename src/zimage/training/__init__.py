@@ -1,0 +1,1 @@
+"""Training of small Z-Image models, and the world of drawn scenes in which they are trained and measured."""
