@@ -1,0 +1,159 @@
+"""`python -m zimage.training STAGE FOLDER`: the stages of training, one command each, all in one folder.
+
+Reads the command line and starts a stage; what a stage does and its numbers stand in the modules of their names and in
+`config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ZImageError
+from .config import FlowStage, Stage, Training
+
+AnyStage = TypeVar("AnyStage", bound=Stage)
+VAE, FLOW, TURBO = "autoencoder", "flow", "turbo"
+"""Folders of runs within the folder of a training."""
+
+
+def tokenizer(options: argparse.Namespace) -> None:
+    """Learn the tokenizer from captions."""
+    from .tokenizer import make_tokenizer
+
+    make_tokenizer(Training().size, options.folder / "tokenizer", seed=options.seed)
+
+
+def autoencoder(options: argparse.Namespace) -> None:
+    """Train the autoencoder."""
+    from .autoencoder import train_autoencoder
+
+    training = Training()
+    stage = _changed(training.autoencoder, options)
+    folder = options.folder / VAE
+    train_autoencoder(stage, training.size, folder, seed=options.seed, resume=options.resume, until=options.until)
+
+
+def latents(options: argparse.Namespace) -> None:
+    """Encode the scenes that the flow learns from."""
+    from diffusers import AutoencoderKL
+
+    from .latents import store_latents
+
+    vae = AutoencoderKL.from_pretrained(options.folder / VAE / "vae").eval()
+    store_latents(vae, options.folder, FlowStage().scenes, seed=options.seed)
+
+
+def flow(options: argparse.Namespace) -> None:
+    """Train text encoder and transformer."""
+    from .flow import train_flow
+
+    training = Training()
+    train_flow(
+        _changed(training.flow, options),
+        training.size,
+        options.folder / FLOW,
+        data=options.folder,
+        seed=options.seed,
+        resume=options.resume,
+        until=options.until,
+        compiled=options.compile,
+    )
+
+
+def distill(options: argparse.Namespace) -> None:
+    """Distil the flow's average into a turbo."""
+    from .distill import train_turbo
+
+    training = Training()
+    train_turbo(
+        _changed(training.distillation, options),
+        training.size,
+        options.folder / TURBO,
+        teacher=options.folder / FLOW,
+        data=options.folder,
+        seed=options.seed,
+        resume=options.resume,
+        until=options.until,
+        compiled=options.compile,
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Print how often a model draws what it is told: the one in training, or that of `--model`."""
+    from .evaluate import Recipe, evaluate
+
+    pipe = _pipeline(options)
+    steps = options.sampling_steps or pipe.variant.num_inference_steps
+    guidance = pipe.variant.guidance_scale if options.guidance is None else options.guidance
+    recipe = Recipe(steps=steps, shift=pipe.shift, guidance_scale=guidance)
+    print(json.dumps({"steps": steps, "guidance": guidance, **evaluate(pipe, options.count, options.seed, recipe)}))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the averaged model as a checkpoint in the hub's layout."""
+    target = options.folder / ("demo-turbo" if options.variant == "turbo" else "demo")
+    shutil.rmtree(target, ignore_errors=True)
+    _pipeline(options).save_pretrained(target)
+    print(target, sum(file.stat().st_size for file in target.rglob("*") if file.is_file()), "bytes")
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    stage.__name__: stage for stage in (tokenizer, autoencoder, latents, flow, distill, evaluate, export)
+}
+
+
+def main() -> None:
+    """Run the stage that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m zimage.training", description="Train small Z-Image models.")
+    stages = "; ".join(f"{name}: {(stage.__doc__ or '').lower().rstrip('.')}" for name, stage in STAGES.items())
+    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
+    parser.add_argument("folder", type=Path, help="folder of the training; stages find each other's results there")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    parser.add_argument("--until", type=int, help="stop after this step, to go on later with --resume")
+    parser.add_argument("--steps", type=int, help="steps of the whole run")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; needs a C++ compiler")
+    parser.add_argument("--variant", choices=("base", "turbo"), default="base", help="evaluate or export this one")
+    parser.add_argument("--model", help="evaluate this checkpoint")
+    parser.add_argument("--count", type=int, default=50, help="captions of each kind and language (evaluate)")
+    parser.add_argument("--sampling-steps", type=int, help="denoising steps (evaluate)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (evaluate)")
+    options = parser.parse_args()
+    try:
+        STAGES[options.stage](options)
+    except (ZImageError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _changed(stage: AnyStage, options: argparse.Namespace) -> AnyStage:
+    given = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name) is not None}
+    assert given.keys() <= {field.name for field in fields(stage)}
+    return replace(stage, **given)
+
+
+def _pipeline(options: argparse.Namespace) -> Any:
+    from ..pipeline import ZImagePipeline
+
+    if options.model:
+        return ZImagePipeline.from_pretrained(options.model, device="cpu")
+    from .models import Painter, make_pipeline
+    from .state import average_of
+
+    painter = Painter(Training().size)
+    painter.load_state_dict(average_of(options.folder / FLOW))
+    if options.variant == "turbo":
+        painter.transformer.load_state_dict(average_of(options.folder / TURBO))
+    vae = options.folder / VAE / "vae"
+    return make_pipeline(painter, options.folder / "tokenizer", vae, variant=options.variant)
+
+
+if __name__ == "__main__":
+    main()

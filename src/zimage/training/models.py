@@ -1,0 +1,123 @@
+"""The two networks that are trained together, text encoder and transformer, and the pipeline that they become.
+
+Built with the real classes in a small size and started so that they learn from the first step. Knows no data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen3Config, Qwen3Model
+
+from ..models.precision import cast
+from ..models.transformer import ZImageTransformer
+from ..pipeline import ZImagePipeline
+from ..variants import get_variant
+from .config import LATENT_CHANNELS, ModelSize
+from .tokenizer import load_tokenizer
+
+
+class Painter(nn.Module):
+    """A text encoder and the transformer that listens to it."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.text_encoder = build_text_encoder(size)
+        self.transformer = build_transformer(size)
+
+    def velocity(self, latents: Tensor, ids: Tensor, lengths: Sequence[int], times: Tensor) -> Tensor:
+        """Noise less image at `latents` (B, C, H, W), for captions `ids` (B, padded) and model times (B,)."""
+        features = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, padded, hidden)
+        return predict(self.transformer, features, lengths, latents, times)
+
+
+def predict(transformer: Any, features: Tensor, lengths: Sequence[int], latents: Tensor, times: Tensor) -> Tensor:
+    """The velocity from caption features (B, padded, hidden); as in the pipeline, for a batch."""
+    caption = transformer.encode_captions(features, lengths)
+    grid = transformer.grid(latents.shape[2], latents.shape[3], caption.length)
+    (modulation,) = transformer.modulations(times[None])
+    return -transformer.denoise(latents, caption, grid, modulation).float()
+
+
+@contextmanager
+def half_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in bfloat16; attention, on so few tokens, as plain products, whose gradients are fastest."""
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def build_text_encoder(size: ModelSize) -> Any:
+    """Qwen3 without the layer and the norm after those that are read (see `models.text_encoder`)."""
+    config = Qwen3Config(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=size.text_heads,
+        num_key_value_heads=size.text_kv_heads,
+        head_dim=size.text_head_dim,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        attn_implementation="sdpa",
+    )
+    model = Qwen3Model(config)
+    model.norm = nn.Identity()
+    return model
+
+
+def build_transformer(size: ModelSize) -> ZImageTransformer:
+    """The transformer, its gates closed and its output zero (adaLN-Zero, arXiv 2212.09748)."""
+    transformer = ZImageTransformer(
+        in_channels=LATENT_CHANNELS,
+        dim=size.dim,
+        n_layers=size.n_layers,
+        n_refiner_layers=size.n_refiner_layers,
+        n_heads=size.n_heads,
+        n_kv_heads=size.n_heads,
+        cap_feat_dim=size.hidden_size,
+        axes_dims=list(size.axes_dims),
+        axes_lens=[1536, 512, 512],
+    )
+    for name, weight in transformer.named_parameters():
+        if "adaLN_modulation" in name or (name.startswith("all_final_layer") and "linear" in name):
+            nn.init.zeros_(weight)
+        elif name.endswith("pad_token"):
+            nn.init.normal_(weight, std=0.02)
+        elif weight.ndim == 2:
+            nn.init.xavier_uniform_(weight)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
+    return transformer
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Let blocks be compiled: three shapes in all, a minute of waiting, and then twice the speed on a CPU."""
+    transformer._run_block = torch.compile(transformer._run_block, dynamic=False)
+
+
+def make_pipeline(
+    painter: Painter, tokenizer: Path, vae: Path, *, variant: str, dtype: torch.dtype = torch.bfloat16
+) -> ZImagePipeline:
+    """The pipeline over copies of the painter's weights in `dtype`."""
+    return ZImagePipeline(
+        get_variant(variant).shift,
+        AutoencoderKL.from_pretrained(vae, torch_dtype=dtype),
+        _copied(painter.text_encoder, dtype),
+        load_tokenizer(tokenizer),
+        _copied(painter.transformer, dtype),
+        variant=variant,
+    )
+
+
+def _copied(module: Any, dtype: torch.dtype) -> Any:
+    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    cast(copied, dtype=dtype)
+    return copied

@@ -1,0 +1,134 @@
+"""The state of a training run, and its file: weights, their moving average, the optimiser and the number of steps.
+
+A run is a function of its seed: what is random in a step is drawn from a generator made for that step alone, so the
+state needs no generators and a resumed run gives the bits of one that was never stopped. The file is safetensors,
+replaced as a whole or not at all. Knows no models and no losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files.atomic import write_atomically
+from .config import Stage
+
+STATE = "state.safetensors"
+
+
+def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
+    """The generator of what one step draws for `purpose`."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Of step 0, 1, …: linear warm-up, constant, linear decay to 0."""
+    falling = max(1.0, stage.decay * stage.steps)
+    return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup), max(0.0, stage.steps - step) / falling)
+
+
+def ema_decay(stage: Stage, step: int) -> float:
+    """What is kept of the average in step 0, 1, …"""
+    return min(stage.ema_decay, (1 + step) / (10 + step))
+
+
+@dataclass
+class TrainingState:
+    """A model in training; `average` has the names and shapes of its parameters, in float32."""
+
+    model: nn.Module
+    average: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+
+    @classmethod
+    def start(cls, model: nn.Module, stage: Stage) -> TrainingState:
+        """Step 0. Vectors (norms, biases) and embeddings are not decayed."""
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        decayed = [weight for name, weight in named if weight.ndim > 1 and not _is_embedding(name)]
+        others = [weight for name, weight in named if weight.ndim <= 1 or _is_embedding(name)]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": stage.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
+        return cls(model, {name: weight.detach().clone() for name, weight in named}, optimiser)
+
+    def update(self, stage: Stage) -> float:
+        """Take the step whose gradients are there; returns their norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), stage.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(stage, self.step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        kept = ema_decay(stage, self.step)
+        torch._foreach_lerp_(list(self.average.values()), [weight.detach() for weight in weights], 1.0 - kept)
+        self.step += 1
+        return float(norm)
+
+    def save(self, folder: Path, stage: Stage, seed: int) -> None:
+        """Write `state.safetensors` into `folder`; until it is whole the earlier one stays."""
+        tensors = {f"model.{name}": weight.detach() for name, weight in self.model.named_parameters()}
+        tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{key}": value for key, value in values.items()}
+        described = {"step": str(self.step), "seed": str(seed), "stage": json.dumps(asdict(stage))}
+        written = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=described)
+        write_atomically(folder / STATE, lambda file: file.write(written), overwrite=True)
+
+    def load(self, folder: Path, stage: Stage, seed: int) -> None:
+        """Go on from the state in `folder`; `CheckpointError` if its seed or its way of training is another.
+
+        The number of steps may be changed, and how often something is written.
+        """
+        tensors, described = read_state(folder)
+        was = json.loads(described["stage"]) | {"seed": int(described["seed"])}
+        now = json.loads(json.dumps(asdict(stage))) | {"seed": seed}
+        for free in ("steps", "log_every", "save_every"):
+            was.pop(free, None), now.pop(free, None)
+        changed = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
+        if changed:
+            raise CheckpointError(f"{folder / STATE} is of another run: {'; '.join(changed)}")
+        self.model.load_state_dict(_under("model.", tensors))
+        for name, tensor in _under("average.", tensors).items():
+            self.average[name].copy_(tensor)
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimiser.", tensors).items():
+            index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
+        self.step = int(described["step"])
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors and the description in a folder's state; `CheckpointError` if there is none."""
+    path = folder / STATE
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; run that stage first, or without --resume")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def average_of(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights in a folder's state."""
+    return _under("average.", read_state(folder)[0])
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _is_embedding(name: str) -> bool:
+    return "embed_tokens" in name or name.endswith("pad_token")

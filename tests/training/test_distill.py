@@ -1,0 +1,92 @@
+"""Distillation: the lesson is where the guided teacher goes, and a few steps bring the student nearer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from zimage.sampling.guidance import guide
+from zimage.sampling.schedule import shifted_sigmas
+from zimage.training.config import DistillationStage, ModelSize
+from zimage.training.distill import Lesson, lesson_loss, train_turbo
+from zimage.training.flow import Batches, train_flow
+from zimage.training.latents import load_latents
+from zimage.training.models import Painter, half_precision, predict
+from zimage.training.state import read_state
+from zimage.training.tokenizer import batch_of, load_tokenizer, tokens_of
+
+from .conftest import FLOW
+
+CPU = torch.device("cpu")
+STAGE = DistillationStage(
+    steps=20, batch=4, scenes=16, warmup=2, learning_rate=2e-3, log_every=5, save_every=100, teacher_steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    train_flow(replace(FLOW, steps=30, learning_rate=5e-3), size, folder, data=data, progress=False)
+    return folder
+
+
+def test_a_few_steps_bring_the_student_nearer(teacher: Path, data: Path, size: ModelSize, tmp_path: Path) -> None:
+    stage = replace(STAGE, steps=40, batch=8, guidance_scale=6.0)
+    train_turbo(stage, size, tmp_path, teacher=teacher, data=data, progress=False)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_went_through(
+    teacher: Path, data: Path, size: ModelSize, tmp_path: Path
+) -> None:
+    for name, until in (("through", None), ("parts", 3)):
+        train_turbo(STAGE, size, tmp_path / name, teacher=teacher, data=data, progress=False, until=until)
+    train_turbo(STAGE, size, tmp_path / "parts", teacher=teacher, data=data, progress=False, resume=True)
+    through, parts = (read_state(tmp_path / name)[0] for name in ("through", "parts"))
+    assert all(torch.equal(through[name], parts[name]) for name in through)
+
+
+def test_the_lesson_is_where_the_guided_teacher_goes(data: Path, size: ModelSize) -> None:
+    torch.manual_seed(0)
+    painter = Painter(size).requires_grad_(False)
+    for name, weight in painter.transformer.named_parameters():
+        if "adaLN" in name or "all_final_layer" in name:
+            nn.init.normal_(weight, std=0.2)
+    tokenizer = load_tokenizer(data / "tokenizer")
+    empty = batch_of(tokens_of(tokenizer, [""]))
+    batch = Batches(STAGE, tokenizer, load_latents(data, 0), 0).of(1)
+    levels = shifted_sigmas(8, 3.0)
+    for place in (0, 7):
+        index = torch.full((4,), place)
+        lesson = Lesson.of(painter, batch, index, empty, STAGE, CPU)
+        latents = (1 - levels[place]) * batch.latents + levels[place] * batch.noise
+        torch.testing.assert_close(lesson.noisy, latents)
+        middle = (levels[place] + levels[place + 1]) / 2
+        for sigma, after in ((levels[place], middle), (middle, levels[place + 1])):
+            with torch.no_grad(), half_precision(CPU):
+                features = painter.text_encoder(batch.ids).last_hidden_state
+                positive = predict(painter.transformer, features, batch.lengths, latents, (1 - sigma).expand(4))
+                nothing = painter.text_encoder(empty[0].expand(4, -1)).last_hidden_state
+                negative = predict(painter.transformer, nothing, empty[1] * 4, latents, (1 - sigma).expand(4))
+            latents = latents + (after - sigma) * guide(positive, negative, 4.0)
+        landed = lesson.noisy + (levels[place + 1] - levels[place]) * lesson.target
+        assert (landed - latents).abs().max() < 0.02 * latents.abs().max()
+
+
+def test_the_loss_is_zero_where_one_step_ends_where_the_teacher_does(data: Path, size: ModelSize) -> None:
+    """Without guidance and in one step the teacher does what the student does."""
+    torch.manual_seed(0)
+    painter = Painter(size).requires_grad_(False)
+    nn.init.normal_(painter.transformer.all_final_layer["2-1"].linear.weight, std=0.2)
+    tokenizer = load_tokenizer(data / "tokenizer")
+    stage = replace(STAGE, guidance_scale=0.0, teacher_steps=1)
+    batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(2)
+    lesson = Lesson.of(painter, batch, torch.tensor([0, 3, 5, 7]), batch_of(tokens_of(tokenizer, [""])), stage, CPU)
+    assert lesson.target.std() > 0.1
+    assert lesson_loss(painter.transformer, lesson, CPU) < 1e-4
