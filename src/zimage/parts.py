@@ -77,7 +77,7 @@ class Parts:
         """Load a checkpoint in the Hugging Face layout.
 
         Args:
-            model: "base", "turbo", a hub id, or a folder.
+            model: "base", "turbo", a hub id, a folder, or "demo", a small model that comes with the package.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.
@@ -93,7 +93,7 @@ class Parts:
         place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
         parts = load_components(place.folder, dtype=precision, device=target)
-        source = place.hub_id or runtime.portable_path(place.folder)
+        source = place.hub_id or place.demo or runtime.portable_path(place.folder)
         return cls(
             parts.shift,
             parts.vae,

@@ -166,6 +166,12 @@ def test_the_average_becomes_a_pipeline_that_saves_and_loads(data: Path, size: M
     pipe.save_pretrained(tmp_path / "saved")
     loaded: Any = ZImagePipeline.from_pretrained(tmp_path / "saved", dtype="bfloat16", device="cpu")
     assert loaded.variant.name == "turbo"
+    taken = Painter(size)
+    taken.take(ZImagePipeline.from_pretrained(tmp_path / "saved", dtype="float32", device="cpu"))
+    for one, other in zip(taken.parameters(), painter.parameters(), strict=True):
+        assert torch.equal(one, other.bfloat16().float())
+    with pytest.raises(CheckpointError, match="another size than the one to train"):
+        Painter(replace(size, n_layers=2)).take(loaded)
     options = {"seed": 3, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
     latents = [one("a red circle", **options).images for one in (pipe, loaded)]
     assert latents[0].shape == (1, 16, 16, 16)  # of 128² pixels, as the VAE says

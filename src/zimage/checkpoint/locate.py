@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..variants import VARIANTS
+from ..variants import DEMOS, VARIANTS
 from .configs import (
     LEGACY_TOKENIZER_FILES,
     MODEL_INDEX,
@@ -36,9 +36,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a checkpoint lies: its `folder`, and for one from the hub its id and the commit."""
+    """Where a checkpoint lies: its `folder`, for one from the hub its id and the commit, for a demo model its name."""
 
     folder: Path
+    demo: str | None = None
     hub_id: str | None = None
     revision: str | None = None
 
@@ -53,10 +54,14 @@ def locate(
 ) -> Location:
     """Find the checkpoint that `source` means, downloading what is not in the cache yet.
 
-    `source` is an alias ("base", "turbo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a path object is always a
-    folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only` mean what they do in
-    `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where there is no such checkpoint or it cannot be had.
+    `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a
+    path object is always a folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
+    mean what they do in `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where there is no such checkpoint
+    or it cannot be had.
     """
+    if isinstance(source, str) and source in DEMOS:
+        place = _local(Path(__file__).parent.parent / "demo" / source, revision)
+        return replace(place, demo=source)
     if isinstance(source, str) and source in VARIANTS:
         source = VARIANTS[source].hub_id
     elif not isinstance(source, str) or _is_path(source):
@@ -72,7 +77,7 @@ def locate(
     return _download(repository)
 
 
-_ALIASES = ", ".join(map(repr, VARIANTS))
+_ALIASES = ", ".join(map(repr, [*VARIANTS, *DEMOS]))
 
 
 def _is_path(source: str) -> bool:

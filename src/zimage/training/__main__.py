@@ -30,6 +30,15 @@ def tokenizer(options: argparse.Namespace) -> None:
     make_tokenizer(Training().size, options.folder / "tokenizer", seed=options.seed)
 
 
+def prepare(options: argparse.Namespace) -> None:
+    """Take tokenizer and autoencoder from `--model`, instead of the two stages that train them."""
+    from ..checkpoint.locate import locate
+
+    source = locate(options.model or "demo").folder
+    shutil.copytree(source / "tokenizer", options.folder / "tokenizer")
+    shutil.copytree(source / "vae", options.folder / VAE / "vae")
+
+
 def autoencoder(options: argparse.Namespace) -> None:
     """Train the autoencoder."""
     from .autoencoder import train_autoencoder
@@ -60,6 +69,7 @@ def flow(options: argparse.Namespace) -> None:
         training.size,
         options.folder / FLOW,
         data=options.folder,
+        initial=options.model,
         seed=options.seed,
         resume=options.resume,
         until=options.until,
@@ -99,33 +109,45 @@ def evaluate(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write the averaged model as a checkpoint in the hub's layout."""
     target = options.folder / ("demo-turbo" if options.variant == "turbo" else "demo")
+    pipe = _pipeline(options)
     shutil.rmtree(target, ignore_errors=True)
-    _pipeline(options).save_pretrained(target)
+    pipe.save_pretrained(target)
     print(target, sum(file.stat().st_size for file in target.rglob("*") if file.is_file()), "bytes")
 
 
+RUNS = ("autoencoder", "flow", "distill")
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
-    stage.__name__: stage for stage in (tokenizer, autoencoder, latents, flow, distill, evaluate, export)
+    stage.__name__: stage for stage in (tokenizer, autoencoder, prepare, latents, flow, distill, evaluate, export)
 }
+
+
+ALL = tuple(STAGES)
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "seed": (ALL, {"type": int, "default": 0, "help": "of everything that is drawn"}),
+    "resume": (RUNS, {"action": "store_true", "help": "go on from the saved state"}),
+    "until": (RUNS, {"type": int, "help": "stop after this step, to go on later with --resume"}),
+    "steps": (RUNS, {"type": int, "help": "steps of the whole run"}),
+    "batch": (RUNS, {"type": int, "help": "pictures of a step"}),
+    "compile": (("flow", "distill"), {"action": "store_true", "help": "compile the blocks; needs a C++ compiler"}),
+    "model": (("prepare", "flow", "evaluate"), {"help": "a checkpoint, instead of what was trained in the folder"}),
+    "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "default": "base"}),
+    "count": (("evaluate",), {"type": int, "default": 50, "help": "captions of each kind and language"}),
+    "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
+    "guidance": (("evaluate",), {"type": float, "help": "guidance scale; as the recipe has it"}),
+}
+"""The stages that take each option, and what argparse is told of it."""
 
 
 def main() -> None:
     """Run the stage that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m zimage.training", description="Train small Z-Image models.")
-    stages = "; ".join(f"{name}: {(stage.__doc__ or '').lower().rstrip('.')}" for name, stage in STAGES.items())
-    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
-    parser.add_argument("folder", type=Path, help="folder of the training; stages find each other's results there")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
-    parser.add_argument("--until", type=int, help="stop after this step, to go on later with --resume")
-    parser.add_argument("--steps", type=int, help="steps of the whole run")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks; needs a C++ compiler")
-    parser.add_argument("--variant", choices=("base", "turbo"), default="base", help="evaluate or export this one")
-    parser.add_argument("--model", help="evaluate this checkpoint")
-    parser.add_argument("--count", type=int, default=50, help="captions of each kind and language (evaluate)")
-    parser.add_argument("--sampling-steps", type=int, help="denoising steps (evaluate)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (evaluate)")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, stage in STAGES.items():
+        command = stages.add_parser(name, help=stage.__doc__, description=stage.__doc__)
+        command.add_argument("folder", type=Path, help="of the training; stages find each other's results there")
+        for option, (takers, how) in OPTIONS.items():
+            if name in takers:
+                command.add_argument(f"--{option}", **how)
     options = parser.parse_args()
     try:
         STAGES[options.stage](options)
@@ -142,7 +164,7 @@ def _changed(stage: AnyStage, options: argparse.Namespace) -> AnyStage:
 def _pipeline(options: argparse.Namespace) -> Any:
     from ..pipeline import ZImagePipeline
 
-    if options.model:
+    if getattr(options, "model", None):
         return ZImagePipeline.from_pretrained(options.model, device="cpu")
     from .models import Painter, make_pipeline
     from .state import average_of

@@ -6,6 +6,7 @@ have mean 0 and deviation 1. Knows nothing of captions or of diffusion.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .scenes import Example, Pixels, example
 from .state import TrainingState, average_of, step_generator
 from .world import CANVASES
 
+FIGURES = "figures.json"
 HELD_OUT = 1 << 20
 """Added to a seed: the stream that nothing is trained on."""
 MEASURED = 512
@@ -96,7 +98,10 @@ def train_autoencoder(
     until: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Train, then write the averaged model to `folder/vae` with its latents' scale; see `loop.run` for errors."""
+    """Train, then write the averaged model to `folder/vae` with its latents' scale, and what was measured beside it.
+
+    See `loop.run` for errors.
+    """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = build_autoencoder(size).to(device)
@@ -109,7 +114,8 @@ def train_autoencoder(
 
     run(state, losses, stage, folder=folder, seed=seed, resume=resume, until=until, progress=progress)
     if state.step == stage.steps:
-        finish_autoencoder(size, folder, seed)
+        figures = finish_autoencoder(size, folder, seed)
+        (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def autoencoder_losses(vae: Any, pixels: Tensor, stage: AutoencoderStage, generator: torch.Generator) -> Losses:

@@ -48,7 +48,7 @@ def train_turbo(
     painter.requires_grad_(False)
     student = copy.deepcopy(painter.transformer).requires_grad_(True)
     tokenizer = load_tokenizer(data / "tokenizer")
-    batches = Batches(stage, tokenizer, load_latents(data, seed), seed)
+    batches = Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo")
     empty = batch_of(tokens_of(tokenizer, [""]))
     if compiled:
         compile_blocks(painter.transformer)
@@ -56,7 +56,7 @@ def train_turbo(
     state = TrainingState.start(student, stage)
 
     def losses(step: int) -> Losses:
-        index = torch.randint(TURBO.num_inference_steps, (stage.batch,), generator=step_generator(seed, step, "turbo"))
+        index = torch.randint(TURBO.num_inference_steps, (stage.batch,), generator=step_generator(seed, step, "levels"))
         lesson = Lesson.of(painter, batches.of(step), index, empty, stage, device)
         return {"loss": lesson_loss(student, lesson, device)}
 
@@ -89,12 +89,13 @@ class Lesson:
         start, end = levels[index].to(device), levels[index + 1].to(device)
         noisy = _mixed(batch.latents.to(device), batch.noise.to(device), start)
         count, padded = batch.ids.shape
-        nothing = empty[0].new_zeros(count, padded)
+        nothing = empty[0].new_zeros(1, padded)
         nothing[:, : empty[0].shape[1]] = empty[0]
         ids = torch.cat([batch.ids, nothing]).to(device)
         lengths = [*batch.lengths, *(empty[1] * count)]
         with half_precision(device):
-            features = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+            encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+        features = torch.cat([encoded[:count], encoded[count:].expand(count, -1, -1)])
         latents = noisy
         for step in range(stage.teacher_steps):
             sigmas = torch.lerp(start, end, step / stage.teacher_steps)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..pipeline import ZImagePipeline
 from .config import CAPTION_TOKENS, FlowStage, ModelSize
 from .latents import caption_of, load_latents, scene_of
 from .loop import Losses, run
@@ -43,16 +44,23 @@ def train_flow(
     folder: Path,
     *,
     data: Path,
+    initial: str | None = None,
     seed: int = 0,
     resume: bool = False,
     until: int | None = None,
     progress: bool = True,
     compiled: bool = False,
 ) -> None:
-    """Train on the tokenizer and the latents in `data`; see `loop.run` for errors."""
+    """Train on the tokenizer and the latents in `data`, from the weights of the checkpoint `initial` if it is given.
+
+    See `loop.run` for errors.
+    """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    painter = Painter(size).to(device)
+    painter = Painter(size)
+    if initial is not None and not resume:
+        painter.take(ZImagePipeline.from_pretrained(initial, dtype="float32", device="cpu"))
+    painter.to(device)
     batches = Batches(stage, load_tokenizer(data / "tokenizer"), load_latents(data, seed), seed)
     if compiled:
         compile_blocks(painter.transformer)
@@ -77,14 +85,16 @@ def flow_losses(painter: Painter, batch: Batch, device: torch.device) -> Losses:
 
 
 class Batches:
-    """What each step sees, by its number."""
+    """What each step of the stage `purpose` sees, by its number."""
 
-    def __init__(self, stage: FlowStage, tokenizer: Any, latents: list[Tensor], seed: int) -> None:
-        self.stage, self.tokenizer, self.latents, self.seed = stage, tokenizer, latents, seed
+    def __init__(
+        self, stage: FlowStage, tokenizer: Any, latents: list[Tensor], seed: int, purpose: str = "flow"
+    ) -> None:
+        self.stage, self.tokenizer, self.latents, self.seed, self.purpose = stage, tokenizer, latents, seed, purpose
 
     def of(self, step: int) -> Batch:
         """The batch of step 0, 1, …"""
-        generator = step_generator(self.seed, step, "flow")
+        generator = step_generator(self.seed, step, self.purpose)
         canvas = 0 if step % SQUARE == 0 else 1 + step // SQUARE % (len(CANVASES) - 1)
         stored = self.latents[canvas]
         numbers = torch.randint(len(stored), (self.stage.batch,), generator=generator)
@@ -94,7 +104,7 @@ class Batches:
         return Batch(latents, ids, lengths, noise, draw_sigmas(self.stage, self.stage.batch, generator))
 
     def _captions(self, step: int, canvas: int, numbers: list[int]) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, step, *self.purpose.encode()])
         is_long = step % self.stage.long_every == 0
         return [self._caption(scene_of(self.seed, canvas, number), rng, is_long) for number in numbers]
 

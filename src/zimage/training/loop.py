@@ -6,11 +6,11 @@ The log is `log.jsonl` in the run's folder, a line for every `log_every` steps w
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,7 +74,7 @@ class _Window:
 
     def add(self, parts: Losses, norm: float) -> None:
         values = {name: float(part.detach()) for name, part in parts.items()} | {"gradient": norm}
-        if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
+        if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"the loss is not finite: {values}; a lower learning rate may help")
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

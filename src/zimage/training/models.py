@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3Config, Qwen3Model
 
+from ..errors import CheckpointError
 from ..models.precision import cast
 from ..models.transformer import ZImageTransformer
 from ..pipeline import ZImagePipeline
@@ -37,6 +38,14 @@ class Painter(nn.Module):
         """Noise less image at `latents` (B, C, H, W), for captions `ids` (B, padded) and model times (B,)."""
         features = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, padded, hidden)
         return predict(self.transformer, features, lengths, latents, times)
+
+    def take(self, pipe: ZImagePipeline) -> None:
+        """Take over the weights of a pipeline's models; `CheckpointError` if they are of another size."""
+        try:
+            self.text_encoder.load_state_dict(pipe.text_encoder.model.state_dict())
+            self.transformer.load_state_dict(pipe.transformer.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"the model to start from has another size than the one to train: {error}") from error
 
 
 def predict(transformer: Any, features: Tensor, lengths: Sequence[int], latents: Tensor, times: Tensor) -> Tensor:
