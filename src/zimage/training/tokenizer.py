@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from ..checkpoint.bpe import train_tokenizer, write_tokenizer
+from ..errors import CheckpointError
 from ..models.text_encoder import TEMPLATE
 from .captions import describe
 from .config import CAPTION_TOKENS, ModelSize
@@ -42,8 +43,10 @@ SPECIAL = 5
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that `make_tokenizer` wrote."""
-    return Qwen2Tokenizer.from_pretrained(folder)
+    """The tokenizer that `make_tokenizer` wrote; `CheckpointError` if it is not there."""
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; run the stage `tokenizer` or `prepare` first")
+    return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def tokens_of(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:

@@ -1,0 +1,70 @@
+"""`python -m zimage.training`: the way from a checkpoint through a few steps to a checkpoint, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from zimage import ZImagePipeline
+from zimage.training import __main__ as command
+from zimage.training import config
+from zimage.training.config import FlowStage, ModelSize
+
+from .conftest import FLOW
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's model, in steps that take a moment."""
+    stage = replace(FLOW, log_every=1)
+    monkeypatch.setattr(config.Training, "__init__", lambda self: self.__dict__.update(size=ModelSize(), flow=stage))
+    monkeypatch.setattr(command, "FlowStage", lambda: stage)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+    command.main()
+
+
+def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert isinstance(FLOW, FlowStage)
+    run(monkeypatch, "prepare", tmp_path)
+    run(monkeypatch, "latents", tmp_path)
+    run(monkeypatch, "flow", tmp_path, "--model", "demo", "--steps", 2, "--batch", 2)
+    lines = [json.loads(line) for line in (tmp_path / "flow" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] < 0.6  # the demo has learned already
+    run(monkeypatch, "export", tmp_path)
+    assert ZImagePipeline.from_pretrained(tmp_path / "demo", device="cpu").limits.native_side == 128
+    capsys.readouterr()
+    run(monkeypatch, "evaluate", tmp_path, "--count", 1, "--sampling-steps", 1, "--guidance", 0)
+    figures = json.loads(capsys.readouterr().out)
+    assert {"steps": 1, "guidance": 0.0}.items() <= figures.items()
+    assert set(figures) == {"steps", "guidance", "single en", "single zh", "pair en", "pair zh"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["flow", "nowhere"],
+            "nowhere/tokenizer/tokenizer.json is missing; run the stage `tokenizer` or `prepare` first",
+        ),
+        (["latents", "nowhere", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["paint", "nowhere"], "invalid choice: 'paint'"),
+        (["evaluate", "nowhere"], "state.safetensors is missing; run that stage first"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *arguments)
+    assert said in f"{ended.value.code} {capsys.readouterr().err}"
