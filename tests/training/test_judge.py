@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from zimage.training import judge, world
 from zimage.training.judge import Reading, Seen, agrees, mistakes, read
-from zimage.training.scenes import draw_scene, render
+from zimage.training.scenes import PALETTE, draw_scene, render
 from zimage.training.world import Claims, ObjectClaim, Scene
 
 Pixels = npt.NDArray[np.uint8]
@@ -50,9 +52,9 @@ def canvas(background: str | tuple[int, int, int] = "white") -> tuple[Image.Imag
     return image, ImageDraw.Draw(image)
 
 
-def seen(**changes: object) -> Seen:
+def seen(**changes: Any) -> Seen:
     plain = Seen(shape="circle", colour="red", size="large", centre=(64.0, 64.0), box=(32, 32, 96, 96))
-    return replace(plain, **changes)  # type: ignore[arg-type]
+    return replace(plain, **changes)
 
 
 def other(word: str, words: tuple[str, ...], taken: set[str]) -> str:
@@ -75,14 +77,10 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Claims]]:
     yield "background", replace(true, background=other(scene.background, world.BACKGROUNDS, {scene.background}))
     yield "one too few", replace(true, objects=true.objects[:-1], relations=())
     yield "one too many", replace(true, objects=(*true.objects, ObjectClaim()))
-    if len(scene.objects) == 2:
+    if len(scene.objects) == 2 and len({(one.shape, one.size) for one in scene.objects}) == 2:
         one, two = true.objects
-        yield (
-            "colours exchanged",
-            replace(true, objects=(replace(one, colour=two.colour), replace(two, colour=one.colour)), relations=())
-            if (one.shape, one.size) != (two.shape, two.size)
-            else replace(true, objects=()),
-        )
+        exchanged = replace(one, colour=two.colour), replace(two, colour=one.colour)
+        yield "colours exchanged", replace(true, objects=exchanged, relations=())
     for first, relation, second in scene.relations:
         yield "relation turned", replace(true, relations=((second, relation, first),))
         for wrong in world.RELATIONS:
@@ -105,6 +103,14 @@ def test_reads_soft_and_noisy_scenes(
         for number, (scene, picture) in enumerate(some)
     ]
     assert sum(right) / len(right) >= least
+
+
+def test_reads_grainy_scenes(drawn: list[tuple[Scene, Pixels]]) -> None:
+    right = [
+        agrees(read(soft(picture, 0.7, 22.0, number)), everything(scene))
+        for number, (scene, picture) in enumerate(drawn[:60])
+    ]
+    assert sum(right) / len(right) > 0.95
 
 
 def test_refuses_whatever_is_claimed_wrongly(readings: list[tuple[Scene, Reading]]) -> None:
@@ -212,14 +218,22 @@ def test_sizes(width: int, size: str | None) -> None:
     assert [one.size for one in read(image).objects] == [size]
 
 
-def test_specks_and_rims_are_no_objects() -> None:
+def test_specks_are_no_objects() -> None:
     image, pen = canvas()
-    pen.ellipse((20, 20, 95, 95), fill=(250, 220, 20))
-    pen.rectangle((45, 45, 70, 70), fill=(30, 60, 210))
-    pen.rectangle((110, 110, 115, 115), fill="red")  # 36 pixels
-    pen.line((100, 5, 125, 5), fill="green", width=2)
-    found = read(image.filter(ImageFilter.GaussianBlur(1.5)))
-    assert [(one.shape, one.colour) for one in found.objects] == [("circle", "yellow"), ("square", "blue")]
+    pen.ellipse((20, 20, 80, 80), fill="red")
+    pen.rectangle((110, 110, 115, 115), fill="blue")  # 36 pixels
+    pen.line((90, 5, 125, 5), fill="green", width=2)
+    assert [(one.shape, one.colour) for one in read(image).objects] == [("circle", "red")]
+
+
+def test_where_two_colours_meet_there_is_no_third() -> None:
+    """Nor a gap that would make a ring of what is around: of all colours, with an edge some pixels wide."""
+    for outer, inner in permutations(world.COLOURS, 2):
+        image, pen = canvas("black")
+        pen.ellipse((20, 20, 95, 95), fill=PALETTE[outer])
+        pen.rectangle((45, 45, 70, 70), fill=PALETTE[inner])
+        found = read(image.filter(ImageFilter.GaussianBlur(1.5)))
+        assert [(one.shape, one.colour) for one in found.objects] == [("circle", outer), ("square", inner)]
 
 
 def test_what_is_no_speck_is_an_object() -> None:
@@ -235,14 +249,15 @@ def test_what_is_no_speck_is_an_object() -> None:
 def test_nothing_in_the_picture(colour: str) -> None:
     reading = read(Image.new("RGB", (96, 64), colour))
     assert reading.background == (None if colour == "red" else colour)
-    assert [(one.shape, one.size) for one in reading.objects] == ([(None, None)] if colour == "red" else [])
+    assert [(one.colour, one.size) for one in reading.objects] == ([("red", None)] if colour == "red" else [])
     assert not agrees(reading, RED_CIRCLE)
 
 
 def test_noise_is_no_scene(drawn: list[tuple[Scene, Pixels]]) -> None:
     for seed, size in enumerate([(128, 128), (32, 48)]):
         noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
-        assert not any(agrees(read(noise), everything(scene)) for scene, _ in drawn[:30])
+        reading = read(noise)
+        assert not any(agrees(reading, everything(scene)) for scene, _ in drawn)
 
 
 def test_mistakes_in_words() -> None:
@@ -295,11 +310,10 @@ def test_relations(centre: tuple[float, float], relation: str) -> None:
     there = seen(centre=centre, box=(int(x) - 10, int(y) - 10, int(x) + 10, int(y) + 10))
     pair = Reading(background="white", objects=(here, there))
     wide = replace(pair, objects=(here, replace(there, box=(int(x) - 65, int(y) - 65, 128, 128))))
-    anything = (ObjectClaim(), ObjectClaim())
     for one in world.RELATIONS:
         claims = Claims(objects=(ObjectClaim(), ObjectClaim()), relations=((0, one, 1),))
         assert agrees(pair, claims) is (one == relation)
-        assert not agrees(wide, replace(claims, objects=anything))
+        assert not agrees(wide, claims)
 
 
 def test_shares_no_code_with_what_it_judges() -> None:

@@ -46,12 +46,15 @@ def describe(scene: Scene, rng: np.random.Generator, language: str | None = None
 
 
 def draw_language(rng: np.random.Generator) -> str:
-    """ "en" or "zh", in the share that training captions have."""
+    """The language of a training caption, "en" or "zh"."""
     return "en" if rng.random() < ENGLISH_SHARE else "zh"
 
 
 def phrase(claims: Claims, rng: np.random.Generator, language: str) -> str:
-    """The claims in words, `language` "en" or "zh"; the wording and the order of words are drawn."""
+    """The claims in words, `language` "en" or "zh"; the wording and the order of words are drawn.
+
+    Of several relations the first is said. Raises `ValueError` for another language.
+    """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
     return (_english if language == "en" else _chinese)(claims, rng)

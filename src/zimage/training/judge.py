@@ -166,7 +166,7 @@ def _colour_numbers(pixels: Ints) -> Ints:
 
 
 AROUND = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
-MAX_GROWTH = 12
+MAX_GROWTH = 4
 """Pixels by which an area grows back along its own thin parts: the tips of a star, a ring's soft stroke."""
 
 
