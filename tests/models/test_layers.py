@@ -72,6 +72,16 @@ def test_what_is_attached_to_a_norm_or_layer_is_called(attach: Callable[..., Any
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("attach", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_what_looks_at_gradients_is_called(attach: str) -> None:
+    calls: list[int] = []
+    layer = norm(8).requires_grad_(True)
+    getattr(layer, attach)(lambda *_: calls.append(1))
+    assert not is_bare(layer)
+    normalize(layer, noise(2, 8).requires_grad_(True)).sum().backward()
+    assert calls == [1]
+
+
 def test_other_norms_are_called_as_they_stand() -> None:
     hidden, factor = noise(2, 8), noise(1, 8, seed=2)
     biased = RMSNorm(8, eps=1e-5, bias=True)

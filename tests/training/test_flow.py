@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from zimage import CheckpointError, RequestError, ZImagePipeline
+from zimage import CheckpointError, NonFiniteError, RequestError, ZImagePipeline
 from zimage.denoiser import Conditioning, Preparation, make_velocity
 from zimage.request import GenerationRequest
 from zimage.training.config import FlowStage, ModelSize
@@ -67,6 +67,20 @@ def test_a_resumed_run_has_the_bits_of_one_that_went_through(data: Path, size: M
     ]
     assert logs[0][-1]["loss"] == logs[1][-1]["loss"]
     assert logs[1][-1]["step"] == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    data: Path, size: ModelSize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = replace(FLOW, save_every=2)
+    train_flow(stage, size, tmp_path, data=data, progress=False, until=2)
+    monkeypatch.setattr(
+        Painter, "velocity", lambda self, latents, *_: latents * self.transformer.x_pad_token.mean() / 0
+    )
+    with pytest.raises(NonFiniteError, match="the last saved state is whole"):
+        train_flow(stage, size, tmp_path, data=data, progress=False, resume=True)
+    assert read_state(tmp_path)[1]["step"] == "2"
+    assert all(tensor.isfinite().all() for tensor in read_state(tmp_path)[0].values())
 
 
 def test_another_seed_is_another_run(data: Path, size: ModelSize, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
             "nowhere/tokenizer/tokenizer.json is missing; run the stage `tokenizer` or `prepare` first",
         ),
         (["latents", "nowhere", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["evaluate", "nowhere", "--model", "demo", "--variant", "turbo"], "--model names one; drop one"),
         (["paint", "nowhere"], "invalid choice: 'paint'"),
         (["evaluate", "nowhere"], "state.safetensors is missing; run that stage first"),
     ],

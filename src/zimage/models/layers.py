@@ -15,7 +15,8 @@ from torch import Tensor
 
 def is_bare(module: Any) -> bool:
     """Whether calling `module` runs its class's `forward` and nothing else: no hooks, no replaced `forward`."""
-    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 def normalize(norm: Any, hidden: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ZImageError
+from ..errors import RequestError, ZImageError
 from .config import FlowStage, Stage, Training
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
@@ -45,8 +45,7 @@ def autoencoder(options: argparse.Namespace) -> None:
 
     training = Training()
     stage = _changed(training.autoencoder, options)
-    folder = options.folder / VAE
-    train_autoencoder(stage, training.size, folder, seed=options.seed, resume=options.resume, until=options.until)
+    train_autoencoder(stage, training.size, options.folder / VAE, **_course(options))
 
 
 def latents(options: argparse.Namespace) -> None:
@@ -70,10 +69,8 @@ def flow(options: argparse.Namespace) -> None:
         options.folder / FLOW,
         data=options.folder,
         initial=options.model,
-        seed=options.seed,
-        resume=options.resume,
-        until=options.until,
         compiled=options.compile,
+        **_course(options),
     )
 
 
@@ -88,10 +85,8 @@ def distill(options: argparse.Namespace) -> None:
         options.folder / TURBO,
         teacher=options.folder / FLOW,
         data=options.folder,
-        seed=options.seed,
-        resume=options.resume,
-        until=options.until,
         compiled=options.compile,
+        **_course(options),
     )
 
 
@@ -119,8 +114,6 @@ RUNS = ("autoencoder", "flow", "distill")
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     stage.__name__: stage for stage in (tokenizer, autoencoder, prepare, latents, flow, distill, evaluate, export)
 }
-
-
 ALL = tuple(STAGES)
 OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "seed": (ALL, {"type": int, "default": 0, "help": "of everything that is drawn"}),
@@ -130,7 +123,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "batch": (RUNS, {"type": int, "help": "pictures of a step"}),
     "compile": (("flow", "distill"), {"action": "store_true", "help": "compile the blocks; needs a C++ compiler"}),
     "model": (("prepare", "flow", "evaluate"), {"help": "a checkpoint, instead of what was trained in the folder"}),
-    "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "default": "base"}),
+    "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
     "count": (("evaluate",), {"type": int, "default": 50, "help": "captions of each kind and language"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
     "guidance": (("evaluate",), {"type": float, "help": "guidance scale; as the recipe has it"}),
@@ -161,10 +154,17 @@ def _changed(stage: AnyStage, options: argparse.Namespace) -> AnyStage:
     return replace(stage, **given)
 
 
+def _course(options: argparse.Namespace) -> dict[str, Any]:
+    """How far a run goes, and from where."""
+    return {"seed": options.seed, "resume": options.resume, "until": options.until}
+
+
 def _pipeline(options: argparse.Namespace) -> Any:
     from ..pipeline import ZImagePipeline
 
     if getattr(options, "model", None):
+        if options.variant:
+            raise RequestError("--variant chooses between the folder's two models and --model names one; drop one")
         return ZImagePipeline.from_pretrained(options.model, device="cpu")
     from .models import Painter, make_pipeline
     from .state import average_of
@@ -174,7 +174,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
     if options.variant == "turbo":
         painter.transformer.load_state_dict(average_of(options.folder / TURBO))
     vae = options.folder / VAE / "vae"
-    return make_pipeline(painter, options.folder / "tokenizer", vae, variant=options.variant)
+    return make_pipeline(painter, options.folder / "tokenizer", vae, variant=options.variant or "base")
 
 
 if __name__ == "__main__":

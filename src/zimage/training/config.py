@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 LATENT_CHANNELS = 16
 LATENT_SCALE = 8
 """Pixels per side of a latent pixel."""
-CAPTION_TOKENS = 32
-"""Captions are filled up to a multiple of this, as the transformer does it."""
 
 
 @dataclass(frozen=True, kw_only=True)

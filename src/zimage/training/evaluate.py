@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.autoencoder import to_image
+from ..models.transformer import TOKEN_MULTIPLE
 from ..sampling.guidance import guide, is_guided
 from ..sampling.noise import seeded_noise
 from ..sampling.samplers import euler
 from ..sampling.schedule import model_timesteps, shifted_sigmas
 from . import judge
 from .captions import evaluation_captions
-from .config import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SCALE
+from .config import LATENT_CHANNELS, LATENT_SCALE
 from .scenes import Pixels
 from .tokenizer import batch_of, tokens_of
 from .world import CANVASES, Claims
@@ -50,7 +52,8 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe
     ids = tokens_of(pipe.text_encoder.tokenizer, prompts)
     for numbers in _batches(ids, recipe.batch):
         latents = _sample(pipe, [ids[number] for number in numbers], [seeds[number] for number in numbers], recipe)
-        pictures |= zip(numbers, _decode(pipe.autoencoder.vae, latents), strict=True)
+        for number, one in zip(numbers, latents, strict=True):
+            pictures[number] = np.asarray(to_image(pipe.autoencoder.decode(one[None])))
     return [pictures[number] for number in range(len(prompts))]
 
 
@@ -75,7 +78,7 @@ def _batches(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
     """Numbers of prompts whose tokens are filled up to the same length."""
     by_length: dict[int, list[int]] = {}
     for number, one in enumerate(ids):
-        by_length.setdefault(-(-len(one) // CAPTION_TOKENS), []).append(number)
+        by_length.setdefault(-(-len(one) // TOKEN_MULTIPLE), []).append(number)
     for numbers in by_length.values():
         yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
@@ -109,10 +112,3 @@ def _caption(pipe: Any, ids: list[list[int]]) -> Any:
     filled, lengths = batch_of(ids)
     features = pipe.text_encoder.model(input_ids=filled, use_cache=False).last_hidden_state
     return pipe.transformer.encode_captions(features, lengths)
-
-
-def _decode(vae: Any, latents: Tensor) -> list[Pixels]:
-    scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = vae.decode(scaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-    images = (pixels.float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return list(np.ascontiguousarray(images.numpy()))

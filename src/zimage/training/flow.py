@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.transformer import TOKEN_MULTIPLE
 from ..pipeline import ZImagePipeline
-from .config import CAPTION_TOKENS, FlowStage, ModelSize
+from .config import FlowStage, ModelSize
 from .latents import caption_of, load_latents, scene_of
 from .loop import Losses, run
 from .models import Painter, compile_blocks, half_precision
@@ -113,7 +114,7 @@ class Batches:
             return tokens_of(self.tokenizer, [""])[0]
         text = caption_of(scene, rng)
         ids = tokens_of(self.tokenizer, [text])[0]
-        while is_long and len(ids) <= CAPTION_TOKENS:
+        while is_long and len(ids) <= TOKEN_MULTIPLE:
             text = f"{text}. {caption_of(scene, rng)}"
             ids = tokens_of(self.tokenizer, [text])[0]
         return ids

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import RequestError
+from ..errors import NonFiniteError, RequestError
 from .config import Stage
 from .state import STATE, TrainingState
 
@@ -38,22 +38,21 @@ def run(
     """Train up to `stage.steps`, or stop after step `until`, and save the state.
 
     `losses(step)` must depend on the step and the weights alone. Raises `RequestError` if the folder holds a run
-    already, `CheckpointError` if what `resume` finds is of another.
+    already, `CheckpointError` if what `resume` finds is of another, `NonFiniteError` at a loss that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
         state.load(folder, stage, seed)
         _cut_log(folder / LOG, state.step)
     elif (folder / STATE).exists():
-        raise RequestError(f"{folder} holds a run already; go on with --resume, or choose another --folder")
+        raise RequestError(f"{folder} holds a run already; go on with --resume, or choose another folder")
     end = stage.steps if until is None else min(until, stage.steps)
     window = _Window()
     with tqdm(total=stage.steps, initial=state.step, unit="step", disable=not progress) as bar:
         while state.step < end:
             parts = losses(state.step)
             parts["loss"].backward()
-            norm = state.update(stage)
-            window.add(parts, norm)
+            window.add(parts, state.update(stage))
             bar.update()
             if state.step % stage.log_every == 0 or state.step == end:
                 line = {"step": state.step, **window.close()}
@@ -75,7 +74,10 @@ class _Window:
     def add(self, parts: Losses, norm: float) -> None:
         values = {name: float(part.detach()) for name, part in parts.items()} | {"gradient": norm}
         if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"the loss is not finite: {values}; a lower learning rate may help")
+            raise NonFiniteError(
+                f"the loss is not finite: {values}; the last saved state is whole: lower the learning rate and start "
+                "from it"
+            )
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1

@@ -17,8 +17,9 @@ from transformers import Qwen2Tokenizer
 from ..checkpoint.bpe import train_tokenizer, write_tokenizer
 from ..errors import CheckpointError
 from ..models.text_encoder import TEMPLATE
+from ..models.transformer import TOKEN_MULTIPLE
 from .captions import describe
-from .config import CAPTION_TOKENS, ModelSize
+from .config import ModelSize
 from .scenes import draw_scene
 
 CAPTIONS = 20_000
@@ -58,7 +59,7 @@ def tokens_of(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
 def batch_of(ids: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
     """Ids (B, padded), filled on the right with 0 to a multiple of 32, and the length of each."""
     lengths = [len(one) for one in ids]
-    padded = -(-max(lengths) // CAPTION_TOKENS) * CAPTION_TOKENS
+    padded = -(-max(lengths) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     filled = torch.zeros(len(ids), padded, dtype=torch.long)
     for row, one in zip(filled, ids, strict=True):
         row[: len(one)] = torch.tensor(one)
