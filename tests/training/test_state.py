@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,32 +10,79 @@ import pytest
 import torch
 from torch import nn
 
-from zimage import CheckpointError
-from zimage.training.config import Stage
-from zimage.training.state import STATE, TrainingState, average_of, ema_decay, learning_rate, step_generator
+from zimage import CheckpointError, RequestError
+from zimage.training.config import ModelSize, Stage
+from zimage.training.models import Painter
+from zimage.training.state import STATE, TrainingState, average_of, ema_decay, rate_factor, step_generator
 
 STAGE = Stage(steps=100, batch=1, learning_rate=0.1, warmup=10, decay=0.5, ema_decay=0.9)
+WITH_MUON = replace(STAGE, matrix_rate=0.2)
 
 
-def started(seed: int = 0) -> TrainingState:
+def started(seed: int = 0, stage: Stage = STAGE) -> TrainingState:
     torch.manual_seed(seed)
-    return TrainingState.start(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), STAGE)
+    return TrainingState.start(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), stage)
 
 
-def take_steps(state: TrainingState, count: int) -> None:
+def take_steps(state: TrainingState, count: int, stage: Stage = STAGE) -> None:
     for _ in range(count):
         inputs = torch.randn(5, 3, generator=step_generator(7, state.step, "inputs"))
         state.model(inputs).square().mean().backward()
-        state.update(STAGE)
+        state.update(stage)
 
 
 def weights(state: TrainingState) -> list[torch.Tensor]:
     return [weight.detach() for weight in state.model.parameters()]
 
 
-@pytest.mark.parametrize(("step", "rate"), [(0, 0.01), (4, 0.05), (9, 0.1), (50, 0.1), (75, 0.05), (99, 0.002)])
-def test_the_rate_rises_stays_and_falls(step: int, rate: float) -> None:
-    assert learning_rate(STAGE, step) == pytest.approx(rate)
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.1), (4, 0.5), (9, 1.0), (50, 1.0), (75, 0.5), (99, 0.02)])
+def test_the_rates_rise_stay_and_fall(step: int, factor: float) -> None:
+    assert rate_factor(STAGE, step) == pytest.approx(factor)
+    state = started(stage=WITH_MUON)
+    state.step = step
+    take_steps(state, 1, WITH_MUON)
+    rates = [group["lr"] for optimiser in state.optimisers for group in optimiser.param_groups]
+    assert rates == pytest.approx([0.1 * factor, 0.1 * factor, 0.2 * factor])
+
+
+def test_muon_trains_what_is_between_the_first_and_the_last_layer(size: ModelSize) -> None:
+    painter = Painter(size)
+    names = {id(weight): name for name, weight in painter.named_parameters()}
+    adam, muon = TrainingState.start(painter, WITH_MUON).optimisers
+    assert isinstance(muon, torch.optim.Muon)
+    by_muon = [names.pop(id(weight)) for weight in muon.param_groups[0]["params"]]
+    assert all(re.search(r"_proj|to_(q|k|v|out)|w[123]|adaLN|reader", name) for name in by_muon)
+    assert "transformer.layers.0.attention.to_q.weight" in by_muon
+    assert "text_encoder.layers.0.mlp.up_proj.weight" in by_muon
+    decayed, plain = ([names.pop(id(weight)) for weight in group["params"]] for group in adam.param_groups)
+    assert not names
+    assert sorted(decayed) == [
+        "transformer.all_final_layer.2-1.adaLN_modulation.1.weight",
+        "transformer.all_final_layer.2-1.linear.weight",
+        "transformer.all_x_embedder.2-1.weight",
+        "transformer.cap_embedder.1.weight",
+        "transformer.t_embedder.mlp.0.weight",
+        "transformer.t_embedder.mlp.2.weight",
+    ]
+    assert all(re.search(r"norm|bias|embed_tokens|pad_token|cap_embedder.0|reader.0", name) for name in plain)
+
+
+def test_a_step_of_muon_has_the_size_that_is_said() -> None:
+    torch.manual_seed(0)
+    weight = nn.Linear(40, 30, bias=False)
+    stage = replace(STAGE, matrix_rate=0.5, warmup=1, weight_decay=0.0)
+    state = TrainingState.start(weight, stage)
+    before = weight.weight.detach().clone()
+    weight(torch.randn(64, 40)).square().mean().backward()
+    state.update(stage)
+    assert (weight.weight - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.25)
+
+
+def test_without_muon_the_training_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RequestError, match=r"needs torch 2\.9 or newer, for its Muon, and this is"):
+        started(stage=WITH_MUON)
+    take_steps(started(), 1)
 
 
 def test_the_average_forgets_the_start_quickly() -> None:
@@ -52,16 +100,17 @@ def test_the_average_is_that_of_the_weights() -> None:
         torch.testing.assert_close(value, reference)
 
 
-def test_a_saved_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    straight = started()
-    take_steps(straight, 8)
-    first = started()
-    take_steps(first, 3)
-    first.save(tmp_path, STAGE, 0)
-    second = started(seed=1)
-    second.load(tmp_path, STAGE, 0)
+@pytest.mark.parametrize("stage", [STAGE, WITH_MUON])
+def test_a_saved_state_goes_on_with_the_same_bits(stage: Stage, tmp_path: Path) -> None:
+    straight = started(stage=stage)
+    take_steps(straight, 8, stage)
+    first = started(stage=stage)
+    take_steps(first, 3, stage)
+    first.save(tmp_path, stage, 0)
+    second = started(seed=1, stage=stage)
+    second.load(tmp_path, stage, 0)
     assert second.step == 3
-    take_steps(second, 5)
+    take_steps(second, 5, stage)
     assert all(torch.equal(*pair) for pair in zip(weights(straight), weights(second), strict=True))
     assert all(torch.equal(straight.average[name], second.average[name]) for name in straight.average)
 

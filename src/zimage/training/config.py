@@ -40,6 +40,9 @@ class ModelSize:
 class Stage:
     """How a stage is optimised: AdamW (arXiv 1711.05101), warm-up, constant rate, linear decay to 0, and an average.
 
+    Where `matrix_rate` is not 0, Muon (arXiv 2502.16982) trains the matrices between a model's first and last layer,
+    and AdamW the rest.
+
     `decay` is the share of the steps, at the end, in which the rate falls. The exponential moving average of the
     weights has the decay `min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the start quickly.
     """
@@ -47,6 +50,8 @@ class Stage:
     steps: int
     batch: int
     learning_rate: float
+    matrix_rate: float = 0.0
+    """Muon's learning rate; an update's root mean square is a fifth of it."""
     warmup: int = 100
     decay: float = 0.3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -94,6 +99,7 @@ class FlowStage(Stage):
     steps: int = 40_000
     batch: int = 64
     learning_rate: float = 1.5e-3
+    matrix_rate: float = 5e-3
     warmup: int = 200
     weight_decay: float = 0.02
     ema_decay: float = 0.9995
@@ -103,6 +109,8 @@ class FlowStage(Stage):
     uniform: float = 0.2
     dropout: float = 0.1
     """Share of captions that are replaced by the empty one, which guidance sets against."""
+    alignment: float = 1.0
+    """Weight of the error of what is read from the middle layer; see `alignment`."""
     long_every: int = 8
     """In one step of so many a scene is described again and again, until the caption has more than 32 tokens."""
 

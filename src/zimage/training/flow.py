@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.transformer import TOKEN_MULTIPLE
+from ..models.transformer import PATCH, TOKEN_MULTIPLE
 from ..pipeline import ZImagePipeline
+from .alignment import patch_facts
 from .config import FlowStage, ModelSize
 from .latents import caption_of, load_latents, scene_of
 from .loop import Losses, run
@@ -30,8 +31,11 @@ SQUARE = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step sees: latents (B, 16, h, w), captions as ids (B, padded) with their lengths, noise and its levels."""
+    """What a step sees: scenes, their latents (B, 16, h, w), captions as ids (B, padded) with their lengths, noise and
+    its levels.
+    """
 
+    scenes: list[Scene]
     latents: Tensor
     ids: Tensor
     lengths: list[int]
@@ -68,21 +72,30 @@ def train_flow(
     state = TrainingState.start(painter, stage)
 
     def losses(step: int) -> Losses:
-        return flow_losses(painter, batches.of(step), device)
+        return flow_losses(painter, batches.of(step), stage, device)
 
     run(state, losses, stage, folder=folder, seed=seed, resume=resume, until=until, progress=progress)
 
 
-def flow_losses(painter: Painter, batch: Batch, device: torch.device) -> Losses:
-    """The mean square of the velocity's error, over all and over the noisier half of levels."""
+def flow_losses(painter: Painter, batch: Batch, stage: FlowStage, device: torch.device) -> Losses:
+    """Mean squares of the errors of the velocity, over all levels and over the noisier ones, and of what is read."""
     sigmas = batch.sigmas.to(device)[:, None, None, None]
     latents, noise = batch.latents.to(device), batch.noise.to(device)
     noisy = (1.0 - sigmas) * latents + sigmas * noise
     with half_precision(device):
-        velocity = painter.velocity(noisy, batch.ids.to(device), batch.lengths, 1.0 - batch.sigmas.to(device))
+        times = 1.0 - batch.sigmas.to(device)
+        velocity, read = painter.velocity_and_facts(noisy, batch.ids.to(device), batch.lengths, times)
     errors = (velocity - (noise - latents)).square().mean(dim=(1, 2, 3))  # (B,)
     noisier = (batch.sigmas.to(device) > 0.75).float()
-    return {"loss": errors.mean(), "noisier": (errors * noisier).sum() / noisier.sum().clamp(min=1.0)}
+    height, width = latents.shape[2:]
+    facts = patch_facts(batch.scenes, height // PATCH, width // PATCH).to(device)
+    alignment = (read - facts).square().mean()
+    return {
+        "loss": errors.mean() + stage.alignment * alignment,
+        "velocity": errors.mean(),
+        "noisier": (errors * noisier).sum() / noisier.sum().clamp(min=1.0),
+        "alignment": alignment,
+    }
 
 
 class Batches:
@@ -100,14 +113,15 @@ class Batches:
         stored = self.latents[canvas]
         numbers = torch.randint(len(stored), (self.stage.batch,), generator=generator)
         latents = stored[numbers].float()
-        ids, lengths = batch_of(self._captions(step, canvas, numbers.tolist()))
+        scenes = [scene_of(self.seed, canvas, number) for number in numbers.tolist()]
+        ids, lengths = batch_of(self._captions(step, scenes))
         noise = torch.randn(latents.shape, generator=generator)
-        return Batch(latents, ids, lengths, noise, draw_sigmas(self.stage, self.stage.batch, generator))
+        return Batch(scenes, latents, ids, lengths, noise, draw_sigmas(self.stage, self.stage.batch, generator))
 
-    def _captions(self, step: int, canvas: int, numbers: list[int]) -> list[list[int]]:
+    def _captions(self, step: int, scenes: list[Scene]) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, step, *self.purpose.encode()])
         is_long = step % self.stage.long_every == 0
-        return [self._caption(scene_of(self.seed, canvas, number), rng, is_long) for number in numbers]
+        return [self._caption(scene, rng, is_long) for scene in scenes]
 
     def _caption(self, scene: Scene, rng: np.random.Generator, is_long: bool) -> list[int]:
         if rng.random() < self.stage.dropout:

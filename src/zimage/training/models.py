@@ -19,25 +19,36 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ..errors import CheckpointError
 from ..models.precision import cast
-from ..models.transformer import ZImageTransformer
+from ..models.transformer import PATCH, ZImageTransformer
 from ..pipeline import ZImagePipeline
 from ..variants import get_variant
+from .alignment import Reader
 from .config import LATENT_CHANNELS, ModelSize
 from .tokenizer import load_tokenizer
 
 
 class Painter(nn.Module):
-    """A text encoder and the transformer that listens to it."""
+    """A text encoder, the transformer that listens to it, and what reads from the transformer's middle layer."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder(size)
         self.transformer = build_transformer(size)
+        self.reader = Reader(size.dim)
 
-    def velocity(self, latents: Tensor, ids: Tensor, lengths: Sequence[int], times: Tensor) -> Tensor:
-        """Noise less image at `latents` (B, C, H, W), for captions `ids` (B, padded) and model times (B,)."""
+    def velocity_and_facts(
+        self, latents: Tensor, ids: Tensor, lengths: Sequence[int], times: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Noise less image at `latents` (B, C, H, W), for captions `ids` (B, padded) and model times (B,).
+
+        With it comes what is read of each patch, as `alignment.patch_facts` has it.
+        """
         features = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, padded, hidden)
-        return predict(self.transformer, features, lengths, latents, times)
+        layers = self.transformer.layers
+        with outputs_of(self.transformer, layers[len(layers) // 2]) as seen:
+            velocity = predict(self.transformer, features, lengths, latents, times)
+        patches = latents.shape[2] * latents.shape[3] // PATCH**2
+        return velocity, self.reader(seen[0][:, :patches]).float()
 
     def take(self, pipe: ZImagePipeline) -> None:
         """Take over the weights of a pipeline's models; `CheckpointError` if they are of another size."""
@@ -54,6 +65,24 @@ def predict(transformer: Any, features: Tensor, lengths: Sequence[int], latents:
     grid = transformer.grid(latents.shape[2], latents.shape[3], caption.length)
     (modulation,) = transformer.modulations(times[None])
     return -transformer.denoise(latents, caption, grid, modulation).float()
+
+
+@contextmanager
+def outputs_of(transformer: Any, block: Any) -> Iterator[list[Tensor]]:
+    """Collects what a block gives in each run of the transformer."""
+    run, seen = transformer._run_block, []
+
+    def recorded(one: Any, *inputs: Any) -> Tensor:
+        tokens: Tensor = run(one, *inputs)
+        if one is block:
+            seen.append(tokens)
+        return tokens
+
+    transformer._run_block = recorded
+    try:
+        yield seen
+    finally:
+        transformer._run_block = run
 
 
 @contextmanager
@@ -79,11 +108,20 @@ def build_text_encoder(size: ModelSize) -> Any:
     )
     model = Qwen3Model(config)
     model.norm = nn.Identity()
+    for name, weight in model.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(weight)  # tokens far apart: from the usual 0.02 all drift the same way first
+        elif weight.ndim == 2:
+            nn.init.xavier_uniform_(weight)
     return model
 
 
 def build_transformer(size: ModelSize) -> ZImageTransformer:
-    """The transformer, its gates closed and its output zero (adaLN-Zero, arXiv 2212.09748)."""
+    """The transformer, its gates closed and its output zero (adaLN-Zero, arXiv 2212.09748).
+
+    Attention begins as looking at near and similar tokens: queries and keys are the same (arXiv 2305.09828), and all
+    patches have a part in common, their embedding's bias, by which rotary positions tell near from far.
+    """
     transformer = ZImageTransformer(
         in_channels=LATENT_CHANNELS,
         dim=size.dim,
@@ -98,13 +136,20 @@ def build_transformer(size: ModelSize) -> ZImageTransformer:
     for name, weight in transformer.named_parameters():
         if "adaLN_modulation" in name or (name.startswith("all_final_layer") and "linear" in name):
             nn.init.zeros_(weight)
-        elif name.endswith("pad_token"):
-            nn.init.normal_(weight, std=0.02)
+        elif name in _SHARED or name.endswith("pad_token"):
+            nn.init.normal_(weight)
         elif weight.ndim == 2:
             nn.init.xavier_uniform_(weight)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)
+    for name, module in transformer.named_modules():
+        if name.endswith("attention"):
+            module.to_k.load_state_dict(module.to_q.state_dict())
     return transformer
+
+
+_SHARED = ("all_x_embedder.2-1.bias", "cap_embedder.1.bias")
+"""What all patches, and all words, have in common."""
 
 
 def compile_blocks(transformer: Any) -> None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..files.atomic import write_atomically
 from .config import Stage
 
@@ -32,10 +32,10 @@ def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Of step 0, 1, …: linear warm-up, constant, linear decay to 0."""
+def rate_factor(stage: Stage, step: int) -> float:
+    """What the learning rates are multiplied with in step 0, 1, …: linear warm-up, constant, linear decay to 0."""
     falling = max(1.0, stage.decay * stage.steps)
-    return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup), max(0.0, stage.steps - step) / falling)
+    return min(1.0, (step + 1) / max(1, stage.warmup), max(0.0, stage.steps - step) / falling)
 
 
 def ema_decay(stage: Stage, step: int) -> float:
@@ -49,29 +49,37 @@ class TrainingState:
 
     model: nn.Module
     average: dict[str, Tensor]
-    optimiser: torch.optim.Optimizer
+    optimisers: list[torch.optim.Optimizer]
     step: int = 0
 
     @classmethod
     def start(cls, model: nn.Module, stage: Stage) -> TrainingState:
         """Step 0. Vectors (norms, biases) and embeddings are not decayed."""
-        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        decayed = [weight for name, weight in named if weight.ndim > 1 and not _is_embedding(name)]
-        others = [weight for name, weight in named if weight.ndim <= 1 or _is_embedding(name)]
+        named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        kinds: dict[str, list[nn.Parameter]] = {"inner": [], "decayed": [], "plain": []}
+        for name, weight in named.items():
+            kinds[_kind(name, weight, stage)].append(weight)
         groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": stage.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": kinds["decayed"], "weight_decay": stage.weight_decay},
+            {"params": kinds["plain"], "weight_decay": 0.0},
         ]
-        optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
-        return cls(model, {name: weight.detach().clone() for name, weight in named}, optimiser)
+        optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
+        ]
+        if kinds["inner"]:
+            optimisers.append(_muon(kinds["inner"], stage))
+        for group in _groups(optimisers):
+            group["initial_lr"] = group["lr"]
+        return cls(model, {name: weight.detach().clone() for name, weight in named.items()}, optimisers)
 
     def update(self, stage: Stage) -> float:
         """Take the step whose gradients are there; returns their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), stage.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(stage, self.step)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for group in _groups(self.optimisers):
+            group["lr"] = group["initial_lr"] * rate_factor(stage, self.step)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         kept = ema_decay(stage, self.step)
         torch._foreach_lerp_(list(self.average.values()), [weight.detach() for weight in weights], 1.0 - kept)
@@ -82,8 +90,9 @@ class TrainingState:
         """Write `state.safetensors` into `folder`; until it is whole the earlier one stays."""
         tensors = {f"model.{name}": weight.detach() for name, weight in self.model.named_parameters()}
         tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
-        for index, values in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{key}": value for key, value in values.items()}
+        for number, optimiser in enumerate(self.optimisers):
+            for index, values in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{number}.{index}.{key}": value for key, value in values.items()}
         described = {"step": str(self.step), "seed": str(seed), "stage": json.dumps(asdict(stage))}
         written = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=described)
         write_atomically(folder / STATE, lambda file: file.write(written), overwrite=True)
@@ -104,11 +113,12 @@ class TrainingState:
         self.model.load_state_dict(_under("model.", tensors))
         for name, tensor in _under("average.", tensors).items():
             self.average[name].copy_(tensor)
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser.", tensors).items():
-            index, key = name.split(".")
-            states.setdefault(int(index), {})[key] = tensor
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
+        for number, optimiser in enumerate(self.optimisers):
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _under(f"optimiser.{number}.", tensors).items():
+                index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = tensor
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
         self.step = int(described["step"])
 
 
@@ -130,5 +140,21 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _is_embedding(name: str) -> bool:
-    return "embed_tokens" in name or name.endswith("pad_token")
+def _groups(optimisers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimiser in optimisers for group in optimiser.param_groups]
+
+
+def _muon(weights: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise RequestError(f"this training needs torch 2.9 or newer, for its Muon, and this is {torch.__version__}")
+    return torch.optim.Muon(
+        weights, lr=stage.matrix_rate, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+def _kind(name: str, weight: Tensor, stage: Stage) -> str:
+    """Which way of training a parameter has."""
+    if weight.ndim <= 1 or "embed_tokens" in name or name.endswith("pad_token"):
+        return "plain"
+    is_inner = weight.ndim == 2 and "embedder" not in name and "final_layer" not in name
+    return "inner" if stage.matrix_rate and is_inner else "decayed"
