@@ -5,7 +5,6 @@ VENV ?= .venv
 VENV_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zimage-installed
-MODEL := demo-output/model
 
 .PHONY: setup demo test check bench gpu clean
 
@@ -18,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	test -d $(MODEL) || $(BIN)/python -c "from zimage.testing import build_checkpoint; build_checkpoint('$(MODEL)', size='tiny', variant='turbo')"
-	$(BIN)/zimage generate "a red fox in snow" --model $(MODEL) --size 256 --seed 7 --force --output demo-output/fox.png
+	mkdir -p demo-output
+	$(BIN)/zimage generate "a red circle left of a blue square" --model demo --seed 7 --force --output demo-output/shapes.png
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95

@@ -28,6 +28,7 @@ OPEN_TO_APPS = (
     "",
     "_version",
     "checkpoint.inspect",
+    "checkpoint.locate",
     "errors",
     "files",
     "pipeline",

@@ -92,6 +92,16 @@ def test_the_model_may_come_from_the_environment(
     assert zimage("generate", "a fox", *SMALL, "-o", "a.png").out == "a.png\n"
 
 
+def test_without_a_model_the_demo_draws_and_one_line_says_so(zimage: Callable[..., Any], tmp_path: Path) -> None:
+    ended = zimage("generate", "a red circle", "--cache-dir", tmp_path, "--steps", "2", "--seed", "7", "--quiet")
+    assert (ended.code, ended.out) == (0, "zimage-7.png\n")
+    assert ended.err.startswith("zimage: no model was named and none is in the cache: demo, a small one")
+    assert ended.err.count("\n") == 1
+    assert read_recipe("zimage-7.png").model["source"] == "demo"
+    with Image.open("zimage-7.png") as image:
+        assert image.size == (128, 128)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -106,7 +116,6 @@ def test_the_model_may_come_from_the_environment(
         (["--model", "turbo", "-o", "there.png"], "(--force)"),
         (["--model", "turbo", "-o", "a.xyz"], ".xyz is no image format"),
         (["--model", "turbo", "--variant", "flux"], "variant must be one of"),
-        ([], "no model was chosen"),
     ],
 )
 def test_what_cannot_work_is_refused_before_loading(

@@ -1,7 +1,9 @@
 import inspect
 import io
+import shutil
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ from zimage.cli.options import (
 )
 from zimage.errors import CheckpointError, RequestError
 from zimage.request import GenerationRequest
-from zimage.variants import BASE, TURBO
+from zimage.variants import BASE, TURBO, Variant
 
 NOT_ON_A_COMMAND_LINE = {"sigmas", "latents", "prompt_embeds", "negative_prompt_embeds"}
 OF_THE_COMMAND = {"model", "size", "num_images_per_prompt", "output", "no_recipe", "force", "json", "quiet"}
@@ -124,10 +126,29 @@ def test_prompt_that_is_none(monkeypatch: pytest.MonkeyPatch, argument: str | No
         read_prompt(argument)
 
 
+def cached(cache: Path, variant: Variant, checkpoint: Path) -> None:
+    repository = cache / f"models--{variant.hub_id.replace('/', '--')}"
+    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
 @pytest.mark.parametrize("model", [None, ""])
-def test_no_model_names_the_choices(model: str | None) -> None:
-    with pytest.raises(RequestError, match=r"base \(Z-Image\), turbo \(Z-Image-Turbo\), a hub id .* ZIMAGE_MODEL"):
-        chosen_model(model)
+def test_no_model_is_one_in_the_cache_or_the_demo(
+    model: str | None, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chosen_model(model, tmp_path) == "demo"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "demo, a small one that knows coloured shapes only; --model base or turbo downloads" in said
+    cached(tmp_path, BASE, models / "my-base")
+    assert chosen_model(model, tmp_path) == "base"
+    cached(tmp_path, TURBO, models / "my-turbo")
+    assert chosen_model(model, tmp_path) == "turbo"
+    assert capsys.readouterr().err.endswith("zimage: no model was named: turbo, which is in the cache\n")
+    (next(tmp_path.glob("*Turbo*/snapshots/*")) / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert chosen_model(model, tmp_path) == "base"  # what was downloaded in part does not count
+    assert chosen_model("./folder", tmp_path) == "./folder"
 
 
 def test_the_variant_is_known_from_names() -> None:
@@ -135,6 +156,7 @@ def test_the_variant_is_known_from_names() -> None:
     assert known_variant("Tongyi-MAI/Z-Image", None) == BASE
     assert known_variant("./folder", "base") == BASE
     assert known_variant("./folder", None) is None
+    assert known_variant("demo", None) == BASE
     with pytest.raises(RequestError, match="variant must be one of"):
         known_variant("./folder", "flux")
     with pytest.raises(CheckpointError, match="is Z-Image-Turbo"):

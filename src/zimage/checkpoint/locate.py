@@ -77,6 +77,15 @@ def locate(
     return _download(repository)
 
 
+def is_cached(hub_id: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
+    """Whether all that `locate` fetches of a repository is in the cache already; asks no hub."""
+    try:
+        locate(hub_id, cache_dir=cache_dir, local_files_only=True)
+    except CheckpointError:
+        return False
+    return True
+
+
 _ALIASES = ", ".join(map(repr, [*VARIANTS, *DEMOS]))
 
 

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing reads stdin.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help="base, turbo, a hub id or a folder.")
+        str | None,
+        typer.Option(
+            "--model", "-m", envvar=MODEL_VARIABLE, help="base, turbo, demo, demo-turbo, a hub id or a folder."
+        ),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
     negative_prompt: Annotated[
@@ -77,7 +80,7 @@ def generate(
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Draw pictures; print the files they are written to."""
-    source = chosen_model(model)
+    source = chosen_model(model, cache_dir)
     options = _given(
         negative_prompt=negative_prompt,
         num_images_per_prompt=num_images_per_prompt,

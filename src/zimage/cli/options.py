@@ -16,9 +16,11 @@ import typer
 from ..errors import RequestError
 from ..request import GenerationRequest
 from ..rules import is_unicode
-from ..variants import VARIANTS, Variant, detect_variant
+from ..variants import DEMOS, VARIANTS, Variant, detect_variant
 
 MODEL_VARIABLE = "ZIMAGE_MODEL"
+DEFAULT_DEMO = "demo"
+"""What draws where no model is named and none is there: the one that can do all that a request can ask."""
 MAX_PROMPT_BYTES = 2**20
 
 
@@ -38,14 +40,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a lin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No line about the recipe and no progress bar.")]
 
 
-def chosen_model(model: str | None) -> str:
-    """The model that was asked for; raises `RequestError` that names the choices if none was."""
-    if not model:
-        choices = ", ".join(f"{variant.name} ({variant.title})" for variant in VARIANTS.values())
-        raise RequestError(
-            f"no model was chosen; pass --model with {choices}, a hub id or a folder, or set {MODEL_VARIABLE}"
-        )
-    return model
+def chosen_model(model: str | None, cache_dir: Path | None = None) -> str:
+    """The model that was asked for, else a released one that is in the cache, else the demo; says so on stderr."""
+    if model:
+        return model
+    from ..checkpoint.locate import is_cached
+
+    fastest_first = sorted(VARIANTS.values(), key=lambda known: known.evaluations)
+    found = next((known.name for known in fastest_first if is_cached(known.hub_id, cache_dir)), None)
+    if found:
+        print(f"zimage: no model was named: {found}, which is in the cache", file=sys.stderr)
+        return found
+    print(
+        f"zimage: no model was named and none is in the cache: {DEFAULT_DEMO}, a small one that knows coloured shapes "
+        f"only; --model {' or '.join(VARIANTS)} downloads a real one (about 20 GB)",
+        file=sys.stderr,
+    )
+    return DEFAULT_DEMO
 
 
 def is_released(model: str) -> bool:
@@ -55,6 +66,8 @@ def is_released(model: str) -> bool:
 
 def known_variant(model: str, variant: str | None) -> Variant | None:
     """The variant of a model, as far as names tell before it is loaded; errors as in `detect_variant`."""
+    if variant is None and model in DEMOS:
+        return VARIANTS[DEMOS[model]]
     if variant is None and not is_released(model):
         return None
     hub_id = VARIANTS[model].hub_id if model in VARIANTS else model
