@@ -5,6 +5,7 @@ Scenes are numbers of a stream: what a caption can say of one is drawn again fro
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def counts(scenes: int) -> tuple[int, ...]:
     return (scenes - others * (len(CANVASES) - 1), *([others] * (len(CANVASES) - 1)))
 
 
+@lru_cache(maxsize=2**16)
 def scene_of(seed: int, canvas: int, index: int) -> Scene:
     """Scene number `index` of those of the size `CANVASES[canvas]`."""
     return draw_scene(np.random.default_rng([seed, canvas, index]), canvas=CANVASES[canvas])
