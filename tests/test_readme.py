@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from zimage import VARIANTS, GenerationRequest, read_recipe
 
@@ -84,6 +85,8 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
         "lighthouse.png",
         *map("picture-{}.png".format, range(4)),
     }
+    with Image.open(here / "shapes.png") as sheet:
+        assert sheet.size == (6 * 128, 2 * 128)
     assert [read_recipe(here / f"picture-{k}.png").request.seed for k in range(4)] == [10, 11, 12, 13]
     assert (here / "model" / "model_index.json").is_file()
 
@@ -93,6 +96,8 @@ def test_shell_blocks_run(environment: dict[str, str], tmp_path: Path) -> None:
     script = "".join(block for document in DOCUMENTS for block in blocks(document, "sh"))
     assert script.count("zimage ") >= 4
     printed = run(["bash", "-euo", "pipefail", "-c", script], environment, here)
+    shapes = read_recipe(here / "shapes.png")
+    assert (shapes.model["source"], shapes.request.prompt) == ("demo", "a red circle left of a blue square")
     recipe = read_recipe(here / "fox.png")
     assert (recipe.request.prompt, recipe.request.seed) == ("a red fox in snow", 7)
     assert recipe.model["source"] == "Tongyi-MAI/Z-Image-Turbo"

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 
 from zimage.cli import main
 from zimage.testing import build_checkpoint
+from zimage.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,11 @@ def process(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
         return subprocess.Popen(command, **{"cwd": tmp_path, "env": environment, **pipes, **options})  # type: ignore[call-overload,no-any-return]
 
     return start
+
+
+def cached(cache: Path, variant: Variant, checkpoint: Path) -> None:
+    """Put a checkpoint into a hub cache as if it were the released model."""
+    repository = cache / f"models--{variant.hub_id.replace('/', '--')}"
+    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)

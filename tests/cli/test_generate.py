@@ -17,7 +17,9 @@ from zimage import ZImagePipeline, read_recipe
 from zimage.cli.running import cancel_on_interrupt, evaluations
 from zimage.files.recipe import pixel_digest
 from zimage.request import GenerationRequest
-from zimage.variants import BASE
+from zimage.variants import BASE, TURBO
+
+from .conftest import cached
 
 Process = Callable[..., "subprocess.Popen[bytes]"]
 SMALL = ("--size", "256", "--steps", "2", "--dtype", "float32", "--device", "cpu")
@@ -95,11 +97,22 @@ def test_the_model_may_come_from_the_environment(
 def test_without_a_model_the_demo_draws_and_one_line_says_so(zimage: Callable[..., Any], tmp_path: Path) -> None:
     ended = zimage("generate", "a red circle", "--cache-dir", tmp_path, "--steps", "2", "--seed", "7", "--quiet")
     assert (ended.code, ended.out) == (0, "zimage-7.png\n")
-    assert ended.err.startswith("zimage: no model was named and none is in the cache: demo, a small one")
+    assert ended.err.startswith("zimage: no model was named and no whole one is in the cache: demo, a small one")
     assert ended.err.count("\n") == 1
     assert read_recipe("zimage-7.png").model["source"] == "demo"
     with Image.open("zimage-7.png") as image:
         assert image.size == (128, 128)
+
+
+def test_a_model_taken_from_the_cache_asks_no_hub(
+    zimage: Callable[..., Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(tmp_path / "cache", TURBO, models / "my-turbo")
+    asked: list[Any] = []
+    monkeypatch.setattr("zimage.checkpoint.hub.hf_hub_download", lambda *given, **_: asked.append(given))
+    ended = zimage("generate", "a fox", "--cache-dir", tmp_path / "cache", "--seed", "7", *SMALL)
+    assert (ended.code, ended.out, asked) == (0, "zimage-7.png\n", [])
+    assert ended.err.startswith("zimage: no model was named: turbo, which is in the cache\n")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +129,8 @@ def test_without_a_model_the_demo_draws_and_one_line_says_so(zimage: Callable[..
         (["--model", "turbo", "-o", "there.png"], "(--force)"),
         (["--model", "turbo", "-o", "a.xyz"], ".xyz is no image format"),
         (["--model", "turbo", "--variant", "flux"], "variant must be one of"),
+        (["--revision", "main"], "--revision is of a model on the hub"),
+        (["--cache-dir", "nowhere", "--size", "big"], "--size must be"),
     ],
 )
 def test_what_cannot_work_is_refused_before_loading(

@@ -1,6 +1,5 @@
 import inspect
 import io
-import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,8 +14,10 @@ from zimage.cli import app
 from zimage.cli.generate import generate
 from zimage.cli.options import (
     MAX_PROMPT_BYTES,
+    MODEL_HELP,
+    Choice,
     check_request,
-    chosen_model,
+    choose_model,
     known_variant,
     read_normalization,
     read_prompt,
@@ -24,7 +25,9 @@ from zimage.cli.options import (
 )
 from zimage.errors import CheckpointError, RequestError
 from zimage.request import GenerationRequest
-from zimage.variants import BASE, TURBO, Variant
+from zimage.variants import BASE, DEMOS, TURBO, VARIANTS
+
+from .conftest import cached
 
 NOT_ON_A_COMMAND_LINE = {"sigmas", "latents", "prompt_embeds", "negative_prompt_embeds"}
 OF_THE_COMMAND = {"model", "size", "num_images_per_prompt", "output", "no_recipe", "force", "json", "quiet"}
@@ -126,29 +129,47 @@ def test_prompt_that_is_none(monkeypatch: pytest.MonkeyPatch, argument: str | No
         read_prompt(argument)
 
 
-def cached(cache: Path, variant: Variant, checkpoint: Path) -> None:
-    repository = cache / f"models--{variant.hub_id.replace('/', '--')}"
-    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+def chosen(cache: Path, model: str | None = None, **options: Any) -> str:
+    return choose_model(model, cache_dir=cache, **options).model
 
 
 @pytest.mark.parametrize("model", [None, ""])
-def test_no_model_is_one_in_the_cache_or_the_demo(
-    model: str | None, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert chosen_model(model, tmp_path) == "demo"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "demo, a small one that knows coloured shapes only; --model base or turbo downloads" in said
+def test_no_model_is_one_in_the_cache_or_a_demo(model: str | None, tmp_path: Path, models: Path) -> None:
+    choice = choose_model(model, cache_dir=tmp_path)
+    assert (choice.model, choice.is_there) == ("demo", True)
+    assert "demo, a small one that knows coloured shapes only; --model base or turbo downloads" in choice.notice
     cached(tmp_path, BASE, models / "my-base")
-    assert chosen_model(model, tmp_path) == "base"
+    assert chosen(tmp_path, model) == "base"
     cached(tmp_path, TURBO, models / "my-turbo")
-    assert chosen_model(model, tmp_path) == "turbo"
-    assert capsys.readouterr().err.endswith("zimage: no model was named: turbo, which is in the cache\n")
-    (next(tmp_path.glob("*Turbo*/snapshots/*")) / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert chosen_model(model, tmp_path) == "base"  # what was downloaded in part does not count
-    assert chosen_model("./folder", tmp_path) == "./folder"
+    choice = choose_model(model, cache_dir=tmp_path)
+    assert choice.notice == "no model was named: turbo, which is in the cache"
+    assert choice.is_there
+    assert chosen(tmp_path, model, variant="base") == "base"
+    snapshot = next(tmp_path.glob("*Turbo*/snapshots/*"))
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert chosen(tmp_path, model) == "base"  # what was downloaded in part does not count
+    assert choose_model("./folder", cache_dir=tmp_path) == Choice(model="./folder")
+    assert not choose_model("turbo", cache_dir=tmp_path).is_there
+
+
+def test_a_cache_that_cannot_be_read_holds_no_model(tmp_path: Path, models: Path) -> None:
+    cached(tmp_path, BASE, models / "my-base")
+    (next(tmp_path.glob("*")) / "refs" / "main").write_bytes(b"\xff" * 40)
+    assert chosen(tmp_path) == "demo"
+
+
+def test_what_no_model_here_can_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--revision is of a model on the hub: name it with --model"):
+        choose_model(None, revision="main", cache_dir=tmp_path)
+    with pytest.raises(RequestError, match="variant must be one of base, turbo"):
+        choose_model(None, variant="flux", cache_dir=tmp_path)
+    assert chosen(tmp_path, variant="base") == "demo"
+    with pytest.raises(RequestError, match="no whole turbo is in the cache; --model turbo downloads it"):
+        choose_model(None, variant="turbo", cache_dir=tmp_path)
+
+
+def test_the_help_names_every_model_that_has_a_name() -> None:
+    assert MODEL_HELP.split(", ") == [*VARIANTS, *DEMOS, "a hub id or a folder."]
 
 
 def test_the_variant_is_known_from_names() -> None:

@@ -110,6 +110,18 @@ def test_training_computes_what_the_pipeline_computes(painter: Painter, data: Pa
             torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=2e-4)
 
 
+def test_attention_starts_so_that_it_can_learn(size: ModelSize) -> None:
+    """Tokens that share something, queries that look for their like, words far apart; and an output of zero."""
+    weights = dict(Painter(size).named_parameters())
+    queries = [name for name in weights if "attention.to_q" in name]
+    assert len(queries) == 3
+    assert all(torch.equal(weights[name], weights[name.replace("to_q", "to_k")]) for name in queries)
+    for name in ("all_x_embedder.2-1.bias", "cap_embedder.1.bias", "x_pad_token", "cap_pad_token"):
+        assert weights[f"transformer.{name}"].std().item() == pytest.approx(1.0, abs=0.3)
+    assert weights["text_encoder.embed_tokens.weight"].std().item() == pytest.approx(1.0, abs=0.05)
+    assert not any(weight.any() for name, weight in weights.items() if "adaLN" in name or "final_layer" in name)
+
+
 def test_all_parameters_learn(painter: Painter, batches: Batches) -> None:
     flow_losses(painter, batches.of(2), FLOW, CPU)["loss"].backward()
     still = [name for name, weight in painter.named_parameters() if weight.grad is None or not weight.grad.any()]

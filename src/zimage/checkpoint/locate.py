@@ -78,10 +78,10 @@ def locate(
 
 
 def is_cached(hub_id: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
-    """Whether all that `locate` fetches of a repository is in the cache already; asks no hub."""
+    """Whether a repository's configs and weights are whole in the cache; asks no hub."""
     try:
         locate(hub_id, cache_dir=cache_dir, local_files_only=True)
-    except CheckpointError:
+    except (CheckpointError, OSError, ValueError):  # huggingface_hub's, of a cache that cannot be read
         return False
     return True
 

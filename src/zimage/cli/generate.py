@@ -5,6 +5,7 @@ Translates and wires; rules about options are the library's, and so are defaults
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +16,7 @@ import typer
 from ..errors import Cancelled
 from ..request import ResolvedRequest, expand_requests
 from .options import (
+    MODEL_HELP,
     MODEL_VARIABLE,
     CacheDir,
     Device,
@@ -24,7 +26,7 @@ from .options import (
     LocalFilesOnly,
     Quiet,
     check_request,
-    chosen_model,
+    choose_model,
     read_normalization,
     read_prompt,
     read_size,
@@ -38,12 +40,7 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing reads stdin.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", envvar=MODEL_VARIABLE, help="base, turbo, demo, demo-turbo, a hub id or a folder."
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help=MODEL_HELP)] = None,
     variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative", "--negative-prompt", help="What to steer away from (base).")
@@ -80,7 +77,7 @@ def generate(
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Draw pictures; print the files they are written to."""
-    source = chosen_model(model, cache_dir)
+    choice = choose_model(model, variant=variant, revision=revision, cache_dir=cache_dir)
     options = _given(
         negative_prompt=negative_prompt,
         num_images_per_prompt=num_images_per_prompt,
@@ -95,13 +92,17 @@ def generate(
         **read_size(size, height, width),
     )
     requests = expand_requests(read_prompt(prompt), **options)
-    check_request(requests[0], source, variant)
+    check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
+
+    if choice.notice:
+        print(f"zimage: {choice.notice}", file=sys.stderr)
 
     from .. import ZImagePipeline
 
     place = _given(variant=variant, dtype=dtype, device=device, revision=revision, cache_dir=cache_dir)
-    pipe = ZImagePipeline.from_pretrained(source, local_files_only=local_files_only, **place)
+    offline = local_files_only or choice.is_there
+    pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
     resolved = [pipe.resolve(request) for request in requests]
     _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 

@@ -16,11 +16,10 @@ import typer
 from ..errors import RequestError
 from ..request import GenerationRequest
 from ..rules import is_unicode
-from ..variants import DEMOS, VARIANTS, Variant, detect_variant
+from ..variants import DEMOS, VARIANTS, Variant, detect_variant, get_variant
 
 MODEL_VARIABLE = "ZIMAGE_MODEL"
-DEFAULT_DEMO = "demo"
-"""What draws where no model is named and none is there: the one that can do all that a request can ask."""
+MODEL_HELP = f"{', '.join([*VARIANTS, *DEMOS])}, a hub id or a folder."
 MAX_PROMPT_BYTES = 2**20
 
 
@@ -40,23 +39,45 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a lin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No line about the recipe and no progress bar.")]
 
 
-def chosen_model(model: str | None, cache_dir: Path | None = None) -> str:
-    """The model that was asked for, else a released one that is in the cache, else the demo; says so on stderr."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The model that draws; where it was not named, what to tell the user, and that nothing need be downloaded."""
+
+    model: str
+    notice: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was chosen because all of it is on this machine."""
+        return bool(self.notice)
+
+
+def choose_model(
+    model: str | None, *, variant: str | None = None, revision: str | None = None, cache_dir: Path | None = None
+) -> Choice:
+    """The model that was asked for, else a released one that is in the cache, else a demo; of `variant` if it is given.
+
+    Raises `RequestError` where nothing on this machine will do.
+    """
     if model:
-        return model
+        return Choice(model=model)
+    if revision is not None:
+        raise RequestError(f"--revision is of a model on the hub: name it with --model ({' or '.join(VARIANTS)})")
     from ..checkpoint.locate import is_cached
 
-    fastest_first = sorted(VARIANTS.values(), key=lambda known: known.evaluations)
-    found = next((known.name for known in fastest_first if is_cached(known.hub_id, cache_dir)), None)
-    if found:
-        print(f"zimage: no model was named: {found}, which is in the cache", file=sys.stderr)
-        return found
-    print(
-        f"zimage: no model was named and none is in the cache: {DEFAULT_DEMO}, a small one that knows coloured shapes "
-        f"only; --model {' or '.join(VARIANTS)} downloads a real one (about 20 GB)",
-        file=sys.stderr,
+    wanted = list(VARIANTS.values()) if variant is None else [get_variant(variant)]
+    for known in sorted(wanted, key=lambda known: known.evaluations):
+        if is_cached(known.hub_id, cache_dir):
+            return Choice(model=known.name, notice=f"no model was named: {known.name}, which is in the cache")
+    names = " or ".join(known.name for known in wanted)
+    demo = next((name for name, of in DEMOS.items() if VARIANTS[of] in wanted), None)
+    if demo is None:
+        raise RequestError(f"no model was named and no whole {names} is in the cache; --model {names} downloads it")
+    return Choice(
+        model=demo,
+        notice=f"no model was named and no whole one is in the cache: {demo}, a small one that knows coloured shapes "
+        f"only; --model {names} downloads a real one (about 20 GB)",
     )
-    return DEFAULT_DEMO
 
 
 def is_released(model: str) -> bool:

@@ -20,7 +20,7 @@ from .scenes import MAX_ROTATION
 from .world import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 FEATURES = len(SHAPES) + len(COLOURS) + len(BACKGROUNDS) + 4
-"""Shape, colour and background, one of each kind being 1; extent, rotation, and the way to the object's centre."""
+"""Shape, colour and background, one of each kind being 1; half the extent, rotation, and the way to the centre."""
 
 Floats = npt.NDArray[np.float32]
 

@@ -40,8 +40,8 @@ class ModelSize:
 class Stage:
     """How a stage is optimised: AdamW (arXiv 1711.05101), warm-up, constant rate, linear decay to 0, and an average.
 
-    Where `matrix_rate` is not 0, Muon (arXiv 2502.16982) trains the matrices between a model's first and last layer,
-    and AdamW the rest.
+    Where `matrix_rate` is not 0, Muon (arXiv 2502.16982) trains the matrices that are neither a model's first nor its
+    last, and AdamW the rest.
 
     `decay` is the share of the steps, at the end, in which the rate falls. The exponential moving average of the
     weights has the decay `min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the start quickly.
@@ -96,7 +96,7 @@ class FlowStage(Stage):
     instead, so that both ends are seen.
     """
 
-    steps: int = 40_000
+    steps: int = 15_000
     batch: int = 64
     learning_rate: float = 1.5e-3
     matrix_rate: float = 5e-3
@@ -119,12 +119,16 @@ class FlowStage(Stage):
 class DistillationStage(FlowStage):
     """Distillation of a guided teacher into eight evaluations; see `distill`."""
 
-    steps: int = 10_000
+    steps: int = 4000
     learning_rate: float = 5e-4
+    matrix_rate: float = 1.5e-3
+    """Less than the flow's: the student starts from what its teacher knows."""
     dropout: float = 0.0
+    alignment: float = 0.0
+    """Nothing is read from the student."""
     guidance_scale: float = 4.0
     """The teacher's, as the base model's recipe has it."""
-    teacher_steps: int = 4
+    teacher_steps: int = 2
     """Steps that the teacher takes from one of the student's levels to the next."""
 
 

@@ -35,7 +35,7 @@ def counts(scenes: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=2**16)
 def scene_of(seed: int, canvas: int, index: int) -> Scene:
-    """Scene number `index` of those of the size `CANVASES[canvas]`."""
+    """Scene number `index` of those of the size `CANVASES[canvas]`; kept, since training comes back to each."""
     return draw_scene(np.random.default_rng([seed, canvas, index]), canvas=CANVASES[canvas])
 
 

@@ -70,7 +70,7 @@ def predict(transformer: Any, features: Tensor, lengths: Sequence[int], latents:
 @contextmanager
 def outputs_of(transformer: Any, block: Any) -> Iterator[list[Tensor]]:
     """Collects what a block gives in each run of the transformer."""
-    run, seen = transformer._run_block, []
+    before, run, seen = dict(vars(transformer)), transformer._run_block, []
 
     def recorded(one: Any, *inputs: Any) -> Tensor:
         tokens: Tensor = run(one, *inputs)
@@ -82,7 +82,8 @@ def outputs_of(transformer: Any, block: Any) -> Iterator[list[Tensor]]:
     try:
         yield seen
     finally:
-        transformer._run_block = run
+        del transformer._run_block
+        vars(transformer).update(before)  # a compiled one
 
 
 @contextmanager

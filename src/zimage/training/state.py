@@ -1,8 +1,8 @@
-"""The state of a training run, and its file: weights, their moving average, the optimiser and the number of steps.
+"""The state of a training run, and its file: weights, their moving average, the optimisers and the number of steps.
 
 A run is a function of its seed: what is random in a step is drawn from a generator made for that step alone, so the
 state needs no generators and a resumed run gives the bits of one that was never stopped. The file is safetensors,
-replaced as a whole or not at all. Knows no models and no losses.
+replaced as a whole or not at all. Knows which optimiser a parameter has by its name; knows no losses.
 """
 
 from __future__ import annotations
