@@ -11,7 +11,7 @@ CAPTIONS = [
     "a blue star left of a yellow ring",
     "a small green triangle inside a pink square",
     "a purple square above an orange star",
-    "黑色背景上的青色圆环",
+    "绿色的五角星在青色的圆环上面",
     "红色的三角形在蓝色的圆形左边",
 ]
 EACH = 2
