@@ -5,7 +5,7 @@ training, each combination in several wordings; "open" leaves the colour open an
 seed k. Each table is printed when it is done, and goes into `--output` beside those that are there.
 
     python benchmarks/demo.py --output benchmarks/results --plot docs/steps.svg
-    python benchmarks/demo.py [--tables adherence,steps] [--count 240] [--models demo,demo-turbo]
+    python benchmarks/demo.py [--tables adherence,steps] [--count 240] [--models demo]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from zimage.training.captions import evaluation_captions
 from zimage.training.evaluate import Recipe, adherence, draw
 from zimage.training.scenes import PALETTE
 from zimage.training.world import CANVASES, SHAPES, Claims, ObjectClaim
+from zimage.variants import DEMOS
 
 Row = dict[str, Any]
 Caption = tuple[str, Claims]
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--count", type=int, default=240, help="captions of each kind and language")
-    parser.add_argument("--models", default="demo,demo-turbo")
+    parser.add_argument("--models", default=",".join(DEMOS))
     parser.add_argument("--plot", type=Path, help="file for the plot of steps, .svg")
     parser.add_argument("--output", type=Path, help="folder for the figures, as JSON")
     arguments = parser.parse_args()
@@ -153,7 +154,7 @@ def of_limits(subjects: Sequence[Subject], count: int) -> list[Row]:
                 {"model": subject.name, "cfg_truncation": truncation, "cfg_normalization": normalization}
                 | {"evaluations": evaluations(subject.pipe.resolve(request))}
                 | {"single": percent(len(errors) / count), "pair": subject.right("pair", "en", count, **changes)}
-                | {"colour error of those right": round(statistics.mean(errors), 1)}
+                | {"colour error of those right": round(statistics.mean(errors), 1) if errors else None}
             )
     return rows
 

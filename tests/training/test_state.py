@@ -124,6 +124,9 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="seed was 0 and is 1"):
         started().load(tmp_path, STAGE, 1)
     started().load(tmp_path, replace(STAGE, steps=500, log_every=1), 0)
+    wider = TrainingState.start(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), STAGE)
+    with pytest.raises(CheckpointError, match=r"state\.safetensors has other parts or sizes than the model to train"):
+        wider.load(tmp_path, STAGE, 0)
     with pytest.raises(CheckpointError, match="is missing; run that stage first"):
         average_of(tmp_path / "nowhere")
 

@@ -167,12 +167,13 @@ def _pipeline(options: argparse.Namespace) -> Any:
             raise RequestError("--variant chooses between the folder's two models and --model names one; drop one")
         return ZImagePipeline.from_pretrained(options.model, device="cpu")
     from .models import Painter, make_pipeline
-    from .state import average_of
+    from .state import average_of, fill
 
     painter = Painter(Training().size)
-    painter.load_state_dict(average_of(options.folder / FLOW))
+    fill(painter, average_of(options.folder / FLOW), f"the run in {options.folder / FLOW}")
     if options.variant == "turbo":
-        painter.transformer.load_state_dict(average_of(options.folder / TURBO))
+        turbo = options.folder / TURBO
+        fill(painter.transformer, average_of(turbo), f"the run in {turbo}")
     vae = options.folder / VAE / "vae"
     return make_pipeline(painter, options.folder / "tokenizer", vae, variant=options.variant or "base")
 

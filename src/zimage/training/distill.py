@@ -23,7 +23,7 @@ from .flow import Batch, Batches
 from .latents import load_latents
 from .loop import Losses, run
 from .models import Painter, compile_blocks, half_precision, predict
-from .state import TrainingState, average_of, step_generator
+from .state import TrainingState, average_of, fill, step_generator
 from .tokenizer import batch_of, load_tokenizer, tokens_of
 
 
@@ -44,7 +44,7 @@ def train_turbo(
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     painter = Painter(size).to(device)
-    painter.load_state_dict(average_of(teacher))
+    fill(painter, average_of(teacher), f"the run in {teacher}")
     painter.requires_grad_(False)
     student = copy.deepcopy(painter.transformer).requires_grad_(True)
     tokenizer = load_tokenizer(data / "tokenizer")

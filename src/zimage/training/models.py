@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3Config, Qwen3Model
 
-from ..errors import CheckpointError
 from ..models.precision import cast
 from ..models.transformer import PATCH, ZImageTransformer
 from ..pipeline import ZImagePipeline
 from ..variants import get_variant
 from .alignment import Reader
 from .config import LATENT_CHANNELS, ModelSize
+from .state import fill
 from .tokenizer import load_tokenizer
 
 
@@ -52,11 +52,8 @@ class Painter(nn.Module):
 
     def take(self, pipe: ZImagePipeline) -> None:
         """Take over the weights of a pipeline's models; `CheckpointError` if they are of another size."""
-        try:
-            self.text_encoder.load_state_dict(pipe.text_encoder.model.state_dict())
-            self.transformer.load_state_dict(pipe.transformer.state_dict())
-        except RuntimeError as error:
-            raise CheckpointError(f"the model to start from has another size than the one to train: {error}") from error
+        fill(self.text_encoder, pipe.text_encoder.model.state_dict(), "the text encoder to start from")
+        fill(self.transformer, pipe.transformer.state_dict(), "the transformer to start from")
 
 
 def predict(transformer: Any, features: Tensor, lengths: Sequence[int], latents: Tensor, times: Tensor) -> Tensor:
@@ -117,6 +114,10 @@ def build_text_encoder(size: ModelSize) -> Any:
     return model
 
 
+_SHARED = ("all_x_embedder.2-1.bias", "cap_embedder.1.bias")
+"""What all patches, and all words, have in common."""
+
+
 def build_transformer(size: ModelSize) -> ZImageTransformer:
     """The transformer, its gates closed and its output zero (adaLN-Zero, arXiv 2212.09748).
 
@@ -147,10 +148,6 @@ def build_transformer(size: ModelSize) -> ZImageTransformer:
         if name.endswith("attention"):
             module.to_k.load_state_dict(module.to_q.state_dict())
     return transformer
-
-
-_SHARED = ("all_x_embedder.2-1.bias", "cap_embedder.1.bias")
-"""What all patches, and all words, have in common."""
 
 
 def compile_blocks(transformer: Any) -> None:

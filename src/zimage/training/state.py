@@ -110,7 +110,7 @@ class TrainingState:
         changed = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
         if changed:
             raise CheckpointError(f"{folder / STATE} is of another run: {'; '.join(changed)}")
-        self.model.load_state_dict(_under("model.", tensors))
+        fill(self.model, _under("model.", tensors), str(folder / STATE))
         for name, tensor in _under("average.", tensors).items():
             self.average[name].copy_(tensor)
         for number, optimiser in enumerate(self.optimisers):
@@ -134,6 +134,14 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 def average_of(folder: Path) -> dict[str, Tensor]:
     """The averaged weights in a folder's state."""
     return _under("average.", read_state(folder)[0])
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Give `model` the weights that come from `origin`; `CheckpointError` if they are of another one."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{origin} has other parts or sizes than the model to train: {error}") from error
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
