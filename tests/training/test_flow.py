@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from zimage import CheckpointError, NonFiniteError, RequestError, ZImagePipeline
@@ -18,7 +19,7 @@ from zimage.training.alignment import patch_facts
 from zimage.training.config import FlowStage, ModelSize
 from zimage.training.flow import Batches, draw_sigmas, flow_losses, train_flow
 from zimage.training.latents import load_latents
-from zimage.training.models import Painter, make_pipeline
+from zimage.training.models import Painter, make_pipeline, plain_attention
 from zimage.training.state import average_of, read_state
 from zimage.training.tokenizer import batch_of, load_tokenizer, tokens_of
 from zimage.variants import BASE
@@ -212,3 +213,19 @@ def test_the_average_becomes_a_pipeline_that_saves_and_loads(data: Path, size: M
     latents = [one("a red circle", **options).images for one in (pipe, loaded)]
     assert latents[0].shape == (1, 16, 16, 16)  # of 128² pixels, as the VAE says
     assert torch.equal(*latents)
+
+
+def test_plain_attention_is_attention(painter: Painter) -> None:
+    assert painter.transformer.attend is plain_attention
+    heads = [torch.randn(2, 7, 3, 8, requires_grad=True) for _ in range(3)]  # (B, N, heads, head_dim)
+    plain = plain_attention(*heads)
+    fused = nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in heads)).transpose(1, 2)
+    torch.testing.assert_close(plain, fused)
+    weights = torch.randn_like(plain)
+    gradients = [torch.autograd.grad(mixed, heads, weights) for mixed in (plain, fused)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_exported_model_attends_as_any_other(painter: Painter, data: Path) -> None:
+    pipe = make_pipeline(painter, data / "tokenizer", data / "autoencoder" / "vae", variant="base")
+    assert pipe.transformer.attend is dispatch_attention_fn

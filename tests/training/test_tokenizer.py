@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from zimage.models.text_encoder import TextEncoder
-from zimage.training.captions import describe
+from zimage.training.captions import CHINESE_WORDS, describe
 from zimage.training.config import ModelSize
 from zimage.training.scenes import draw_scene
 from zimage.training.tokenizer import load_tokenizer, make_tokenizer, tokens_of
@@ -20,6 +20,17 @@ def test_captions_are_short(data: Path) -> None:
         lengths.append(len(tokens_of(tokenizer, [describe(draw_scene(rng), rng)[0]])[0]))
     assert max(lengths) <= 36
     assert sum(lengths) / len(lengths) < 20
+
+
+def test_a_chinese_word_is_a_token_of_its_own(tmp_path: Path) -> None:
+    make_tokenizer(ModelSize(), tmp_path / "tokenizer", captions=2000)
+    tokenizer, seen = load_tokenizer(tmp_path / "tokenizer"), set()
+    for index in range(300):
+        rng = np.random.default_rng([98, index])
+        ids = tokens_of(tokenizer, [describe(draw_scene(rng), rng, "zh")[0]])[0]
+        seen |= {tokenizer.decode([token]) for token in ids}
+    assert set(CHINESE_WORDS) <= seen
+    assert not [token for token in seen - set(CHINESE_WORDS) if any(word in token for word in CHINESE_WORDS)]
 
 
 def test_ids_are_those_of_the_pipeline(data: Path) -> None:

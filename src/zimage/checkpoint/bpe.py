@@ -7,7 +7,8 @@ and decodes it again (up to NFC). Knows nothing of models; reading a tokenizer i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], merges: int) -> Tokenizer:
-    """A tokenizer of 256 bytes, at most `merges` merges learned from `texts`, and the special tokens."""
+def train_tokenizer(texts: Iterable[str], merges: int, words: Sequence[str] = ()) -> Tokenizer:
+    """A tokenizer of 256 bytes, at most `merges` merges learned from `texts`, and the special tokens.
+
+    No merge is learned from one of `words` into what stands beside it. Where a language is written without spaces they
+    do what spaces do elsewhere: a word is one token and not a part of many. Of two that overlap the longer counts.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(words)
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -53,9 +53,20 @@ def train_tokenizer(texts: Iterable[str], merges: int) -> Tokenizer:
         vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, min_frequency=1, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in OTHER_TOKENS])
     return tokenizer
+
+
+def _pre_tokenizer(words: Sequence[str] = ()) -> pre_tokenizers.PreTokenizer:
+    """Qwen's, which also cuts out `words`: that is for learning only, no file of ours asks for it."""
+    cut = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    patterns = [SPLIT, cut] if words else [SPLIT]
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

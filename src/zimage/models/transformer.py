@@ -8,7 +8,7 @@ called as a module, so adapters and quantised layers take effect. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -73,6 +73,9 @@ class Modulation:
 
 class ZImageTransformer(ZImageTransformer2DModel):
     """diffusers' transformer with the same weights and `forward`, and a faster way to run it (see the module)."""
+
+    attend: Callable[..., Tensor] = staticmethod(dispatch_attention_fn)
+    """Attention of queries, keys and values (B, N, heads, head_dim); an instance may have its own."""
 
     @classmethod
     def share(cls, transformer: ZImageTransformer2DModel) -> ZImageTransformer:
@@ -198,7 +201,7 @@ class ZImageTransformer(ZImageTransformer2DModel):
         scale = overflow_scale(self.compute_dtype)
         attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
         hidden = normalize(block.attention_norm1, tokens, attention_scale)
-        update = _attention(block.attention, hidden, rotations, scale)
+        update = _attention(block.attention, hidden, rotations, scale, self.attend)
         tokens = tokens + normalize(block.attention_norm2, update, attention_gate)
         hidden = normalize(block.ffn_norm1, tokens, feed_forward_scale)
         update = _feed_forward(block.feed_forward, hidden, scale)
@@ -224,7 +227,9 @@ def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:
     return tuple(zip(*parts, strict=True))
 
 
-def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) -> Tensor:
+def _attention(
+    attention: Any, hidden: Tensor, rotations: Tensor, scale: float, attend: Callable[..., Tensor]
+) -> Tensor:
     query, key, value = (
         project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
         for project in (attention.to_q, attention.to_k, attention.to_v)
@@ -234,7 +239,7 @@ def _attention(attention: Any, hidden: Tensor, rotations: Tensor, scale: float) 
     if attention.norm_k is not None:
         key = normalize(attention.norm_k, key)
     query, key = rotate(torch.cat([query, key], dim=2), rotations).chunk(2, dim=2)
-    mixed = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
+    mixed = attend(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
     if scale != 1.0:
         mixed = mixed * scale

@@ -226,6 +226,15 @@ CHINESE_RELATIONS = {
     "above": ("{a}在{b}的上面", "{a}在{b}上方", "{b}在{a}的下面", "{b}的上面有{a}", "上面是{a}，下面是{b}"),
     "inside": ("{a}在{b}里面", "{a}在{b}的里面", "{b}里面有{a}"),
 }
+CHINESE_PLACES = ("左边", "右边", "上面", "上方", "下面", "里面")
+CHINESE_WORDS = (
+    *(f"{word}色" for word in (*CHINESE_COLOURS.values(), *CHINESE_GROUNDS.values())),
+    *(word for words in CHINESE_SHAPES.values() for word in words),
+    *CHINESE_SIZES.values(),
+    *CHINESE_PLACES,
+    *("背景", "东西", "图形", "一个"),
+)
+"""The words that carry meaning, which nothing in writing sets apart; see `bpe.train_tokenizer`."""
 CHINESE_FRAMES = ("{}", "{}", "{}", "一张图片，{}", "图中：{}")
 CHINESE_SCENES = ("{what}，{ground}色背景", "{ground}色背景，{what}", "{ground}色背景上：{what}")
 CHINESE_SINGLES = ("{ground}色背景上的{what}", "{ground}色背景上有{what}", "{what}，{ground}色背景")

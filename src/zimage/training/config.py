@@ -96,11 +96,12 @@ class FlowStage(Stage):
     instead, so that both ends are seen.
     """
 
-    steps: int = 15_000
+    steps: int = 32_000
     batch: int = 64
     learning_rate: float = 1.5e-3
     matrix_rate: float = 5e-3
     warmup: int = 200
+    decay: float = 0.4
     weight_decay: float = 0.02
     ema_decay: float = 0.9995
     scenes: int = 40_000

@@ -51,7 +51,7 @@ def train_turbo(
     batches = Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo")
     empty = batch_of(tokens_of(tokenizer, [""]))
     if compiled:
-        compile_blocks(painter.transformer)
+        compile_blocks(painter.transformer, painter.text_encoder)
         compile_blocks(student)
     state = TrainingState.start(student, stage)
 

@@ -68,7 +68,7 @@ def train_flow(
     painter.to(device)
     batches = Batches(stage, load_tokenizer(data / "tokenizer"), load_latents(data, seed), seed)
     if compiled:
-        compile_blocks(painter.transformer)
+        compile_blocks(painter.transformer, painter.text_encoder)
     state = TrainingState.start(painter, stage)
 
     def losses(step: int) -> Losses:

@@ -18,7 +18,7 @@ from ..checkpoint.bpe import train_tokenizer, write_tokenizer
 from ..errors import CheckpointError
 from ..models.text_encoder import TEMPLATE
 from ..models.transformer import TOKEN_MULTIPLE
-from .captions import describe
+from .captions import CHINESE_WORDS, describe
 from .config import ModelSize
 from .scenes import draw_scene
 
@@ -34,7 +34,7 @@ def make_tokenizer(size: ModelSize, folder: Path, *, seed: int = 0, captions: in
     for index in range(captions):
         rng = np.random.default_rng([seed, index])
         texts.append(TEMPLATE.replace("{prompt}", describe(draw_scene(rng), rng)[0]))
-    tokenizer = train_tokenizer(texts, size.vocab_size - 256 - SPECIAL)
+    tokenizer = train_tokenizer(texts, size.vocab_size - 256 - SPECIAL, CHINESE_WORDS)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return write_tokenizer(tokenizer, folder)
 
