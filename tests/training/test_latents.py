@@ -33,7 +33,7 @@ def test_latents_are_those_of_their_scenes(size: ModelSize, tmp_path: Path) -> N
             scene = scene_of(3, canvas, index)
             assert (scene.width, scene.height) == CANVASES[canvas]
             mean = vae.encode(pixels_of([render(scene)])).latent_dist.mean[0]
-            torch.testing.assert_close(one.float(), (mean - 0.5) * 2.0, rtol=0.05, atol=0.05)
+            torch.testing.assert_close(one.float(), (mean - 0.5) * 2.0, rtol=0.05, atol=0.1)
     assert scene_of(3, 0, 0) != scene_of(4, 0, 0) != scene_of(4, 1, 0)
 
 

@@ -107,7 +107,7 @@ def test_sizes_in_pixels(canvas: tuple[int, int]) -> None:
         scene = draw_scene(rng, canvas=canvas)
         for drawn, (left, top, right, bottom) in zip(scene.objects, boxes(scene), strict=True):
             longer = max(right - left, bottom - top)
-            low, high = (24, 35) if drawn.size == "small" else (48, 81)
+            low, high = (26, 37) if drawn.size == "small" else (48, 88)
             assert low <= longer <= high
             assert longer / unit == pytest.approx(drawn.extent, abs=2.2 / unit)
             assert ((left + right) / 2 / canvas[0], (top + bottom) / 2 / canvas[1]) == pytest.approx(

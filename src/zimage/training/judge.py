@@ -33,7 +33,7 @@ UNLIKE_BACKGROUND = 60
 """A pixel without hue that differs so much from the background belongs to an object too, of no colour with a name."""
 SPECK = 0.004
 """Share of the picture's area below which something is overlooked; a small star has four times as much."""
-SIZE_RANGES = {"small": (0.13, 0.32), "large": (0.32, 0.75)}
+SIZE_RANGES = {"small": (0.13, 0.34), "large": (0.34, 0.80)}
 """Longer side of the bounding box over √(width · height)."""
 RING_HOLE = (0.06, 0.6)
 """Share of a ring's filled area that background takes up in its hole."""

@@ -50,12 +50,12 @@ PALETTE = {
 }
 COUNT_SHARES = (0.45, 0.45, 0.10)
 """Of scenes with one object, two and three."""
-INSIDE_SHARE = 0.2
+INSIDE_SHARE = 0.35
 """Of the scenes with two objects."""
 SEVERAL_LARGE = (0.40, 0.46)
 """Extent of a large object that shares the picture with others beside it."""
-CONTAINER = (0.60, 0.62)
-CONTENT = (0.20, 0.21)
+CONTAINER = (0.66, 0.68)
+CONTENT = (0.22, 0.23)
 
 MARGIN, GAP = 0.03, 0.07
 """Least distance from the picture's edge and between bounding boxes, over √(width · height)."""

@@ -24,7 +24,7 @@ CONTENTS = ("circle", "square", "triangle", "star")
 
 CANVASES = ((128, 128), (160, 96), (96, 160))
 """Width and height in pixels of the pictures, all of nearly the same area."""
-EXTENTS = {"small": (0.20, 0.26), "large": (0.40, 0.62)}
+EXTENTS = {"small": (0.22, 0.28), "large": (0.40, 0.68)}
 """What the words for sizes mean: the longer side of an object's bounding box over √(width · height) of the picture.
 
 Nothing is drawn in the gap between them, so that any limit in it tells the two apart.
