@@ -16,24 +16,29 @@ import zimage
 
 SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("errors", "variants", "rules", "request", "_version", "memory.plan"),
-    ("sampling", "models"),
-    ("checkpoint", "files", "adapters", "memory.residency"),
+    ("errors", "variants", "rules", "request", "_version", "memory.plan", "memory.sizes"),
+    ("sampling", "models", "memory.meter"),
+    ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
     ("runtime", "components", "denoiser", "callbacks", "calls", "output", "parts", "pipeline"),
     ("cli", "testing", "server", "distributed", "training", "demo"),
 )
 FACADE = ("", "__main__")
 """The package itself, which knows where every public name is, and `python -m zimage`."""
+SPLIT = ("memory",)
+"""Packages whose modules are in different rooms; they themselves hold nothing."""
 OPEN_TO_APPS = (
     "",
     "_version",
     "checkpoint.inspect",
     "checkpoint.locate",
+    "checkpoint.sizes",
     "errors",
     "files",
+    "memory",
     "pipeline",
     "request",
     "rules",
+    "runtime",
     "sampling",
     "variants",
 )
@@ -53,6 +58,8 @@ MODULES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file i
 
 
 def room(module: str) -> int:
+    if module in SPLIT:
+        return 0
     for number, names in enumerate(ROOMS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
             return number
@@ -145,7 +152,7 @@ def test_plain_data_and_rules_need_no_torch(module: str) -> None:
 
 STANDARD = {
     "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "itertools", "math", "operator",
-    "secrets", "types", "typing",
+    "re", "secrets", "types", "typing",
 }  # fmt: skip
 
 

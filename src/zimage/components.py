@@ -11,11 +11,9 @@ from typing import Any
 from .errors import CheckpointError
 from .models.text_encoder import with_last_layer
 from .models.transformer import PATCH, TOKEN_MULTIPLE
-from .rules import NATIVE_SIDE, Limits
+from .rules import Limits, native_side
 
 NAMES = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
-_UNSAID = 32
-"""AutoencoderKL's `sample_size` where a config does not say: below what any model is trained at."""
 
 
 def check_parts(text_config: Any, transformer_config: Any, vae_config: Any) -> None:
@@ -42,7 +40,7 @@ def limits_of(transformer_config: Any, vae_config: Any) -> Limits:
     return Limits(
         latent_channels=transformer_config.in_channels,
         latent_scale=scale,
-        native_side=NATIVE_SIDE if vae_config.sample_size == _UNSAID else vae_config.sample_size,
+        native_side=native_side(vae_config.sample_size),
         size_multiple=scale * PATCH,
         max_side=min(image_positions) * scale * PATCH,
         caption_features=transformer_config.cap_feat_dim,

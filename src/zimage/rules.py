@@ -27,10 +27,17 @@ MAX_SEED = 2**32 - 1
 """Largest seed. torch's CPU generator uses the low 32 bits only: a larger seed would repeat a smaller one's image."""
 NATIVE_SIDE = 1024
 """Pixels per side that the variants' sizes are meant for: the released models' (`sample_size` in vae/config.json)."""
+_UNSAID = 32
+"""AutoencoderKL's `sample_size` where a config does not say: below what any model is trained at."""
 MIN_AREA, MAX_AREA = 256**2, 2048**2
 """Pixels of an image at that side; the models are made for 512² to 2048² (model cards)."""
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
+
+
+def native_side(sample_size: int) -> int:
+    """Pixels per side that a model was trained at, from its VAE's `sample_size`."""
+    return NATIVE_SIDE if sample_size == _UNSAID else sample_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def test_every_failure_is_one_line_and_a_code(
     def fail(*_: object) -> str:
         raise failure
 
-    monkeypatch.setattr("zimage.cli.checkpoints._table", fail)
+    monkeypatch.setattr("zimage.cli.checkpoints.table", fail)
     ended = zimage("variants")
     assert (ended.code, ended.out, ended.err) == (code, "", said)
 

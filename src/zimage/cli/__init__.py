@@ -19,6 +19,7 @@ from ..errors import Cancelled, RequestError, ZImageError, ZImageWarning
 from .checkpoints import inspect, variants
 from .generate import generate
 from .options import State
+from .plan import plan
 from .replay import replay
 
 CANCELLED = 130
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(replay)
 app.command()(variants)
 app.command()(inspect)
+app.command()(plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

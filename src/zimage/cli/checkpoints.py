@@ -24,7 +24,7 @@ def variants(json: Json = False) -> None:
             print(json_format.dumps({**asdict(variant), "evaluations": variant.evaluations}))
         return
     header = ("name", "model", "steps", "guidance", "evaluations", "negative prompt", "hub id")
-    print(_table([header, *map(_row, VARIANTS.values())]))
+    print(table([header, *map(_row, VARIANTS.values())]))
     for variant in VARIANTS.values():
         print(f"\n{variant.name}: {variant.advice}")
 
@@ -55,7 +55,7 @@ def _print_inspection(found: Inspection) -> None:
         size = f"{part.bytes / 2**20:.1f} MiB"
         types = ", ".join(part.dtypes)
         rows.append((part.name, part.class_name or "", f"{part.parameters:,}", size, types, str(len(part.shards))))
-    print(_table(rows))
+    print(table(rows))
     print(f"fingerprint: {found.fingerprint or 'unknown'}")
     for problem in found.problems:
         print(f"problem: {problem}")
@@ -73,7 +73,7 @@ def _row(variant: Variant) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows in columns as wide as their widest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

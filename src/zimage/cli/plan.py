@@ -1,0 +1,105 @@
+"""`zimage plan`: where the parts of a model would sit in so much memory, and what a picture needs. Draws nothing."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import Annotated
+
+import typer
+
+from ..errors import RequestError
+from ..memory.plan import Budget, Placement, Plan, gib, make_plan, parse_memory
+from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
+from ..request import GenerationRequest
+from .checkpoints import table
+from .options import MODEL_HELP, MODEL_VARIABLE, Dtype, Json, check_request, is_released, read_size
+
+
+def plan(
+    model: Annotated[str, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help=MODEL_HELP)] = "turbo",
+    memory: Annotated[str, typer.Option(help="Of the card: 16GB, 12GiB; or auto, what is free here.")] = "auto",
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", help="Of the machine; what is free here if not given.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; a card if memory is given.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option("--text-encoder", help="resident, streamed or cpu; chosen if not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what would sit where, and the memory that a picture would need.
+
+    For the released models no weights need be there. Exit code 1 if nothing fits.
+    """
+    sizes = _sizes(model)
+    sides = read_size(size or str(sizes.native_side), None, None)
+    check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
+    work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
+    found = make_plan(sizes, work, _budget(memory, host_memory, device), text_encoder=text_encoder)
+    if json:
+        print(json_format.dumps({"model": model, **found.to_dict()}))
+    else:
+        _print(model, found)
+
+
+def _print(model: str, found: Plan) -> None:
+    budget, placement = found.budget, found.placement
+    host = "" if budget.host is None else f", {gib(budget.host)} of the host"
+    print(f"{model}, {found.work.width}x{found.work.height}, {found.work.dtype}: {placement}")
+    print(f"may be used: {gib(budget.device)} of the device{host}")
+    if placement.slots:
+        print(f"streamed through {placement.slots} places on the device, from {_sources(placement)}")
+    rows = [("stage", "device", "host"), *((one.name, gib(one.device), gib(one.host)) for one in found.stages)]
+    print(table(rows))
+    for other in found.rejected:
+        print(f"not: {other.placement}: {other.reason}")
+
+
+def _sources(placement: Placement) -> str:
+    """Where what is streamed comes from, as far as something is."""
+    text = placement.text_source if placement.text_encoder == "streamed" else None
+    blocks = None if placement.context_resident else placement.block_source
+    if text and blocks and text != blocks:
+        return f"{text} (text encoder) and {blocks} (blocks)"
+    return str(text or blocks)
+
+
+def _sizes(model: str) -> ModelSizes:
+    if is_released(model):
+        return RELEASED
+    from ..checkpoint.sizes import checkpoint_sizes
+
+    return checkpoint_sizes(model)
+
+
+def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:
+    amount, host = parse_memory(memory), None if host_memory is None else parse_memory(host_memory)
+    kind = None if device is None else device.split(":")[0]
+    if kind not in (None, "cuda", "mps", "cpu"):
+        raise RequestError(f"--device must be cuda, mps or cpu, got {device!r}")
+    shared = kind in ("cpu", "mps")
+    if amount is not None and (shared or host is not None):
+        return Budget.of_card(amount, None if shared else host, memory)
+    from ..memory.budget import find_budget, free_host_memory
+
+    if amount is not None:
+        return Budget.of_card(amount, free_host_memory(), memory)
+    from ..runtime import choose_device
+
+    return find_budget(memory, choose_device(device))
+
+
+def _dtype(dtype: str | None) -> str:
+    chosen = "bfloat16" if dtype in (None, "auto") else dtype
+    if chosen not in ITEMSIZE:
+        raise RequestError(f"--dtype must be auto, {', '.join(ITEMSIZE)}, got {dtype!r}")
+    return str(chosen)
+
+
+def _tokens(tokens: int) -> int:
+    if not 1 <= tokens <= 1504:
+        raise RequestError(f"--tokens must be 1 to 1504, got {tokens}")
+    return tokens

@@ -1,0 +1,35 @@
+"""How much memory there is to plan with: of the device and of the host, now and on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from .plan import Budget, parse_memory
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def find_budget(memory: str | int, device: torch.device) -> Budget:
+    """What a plan for `device` may use: of what is free now, at most `memory` ("auto" or an amount, see
+    `parse_memory`), less a margin; and of the host's memory what is free.
+
+    Raises `RequestError` for a `memory` that is no amount.
+    """
+    wanted, host = parse_memory(memory), free_host_memory()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return Budget.of_card(free if wanted is None else min(wanted, free), host, str(memory))
+    return Budget.of_card(host if wanted is None else min(wanted, host), None, str(memory))
+
+
+def free_host_memory() -> int:
+    """Bytes of the host's memory that are free, within the limit of a container where there is one."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

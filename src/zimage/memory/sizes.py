@@ -1,0 +1,119 @@
+"""How large a model is and what its stages need beside their weights: counts of parameters, and formulas of peaks.
+
+The formulas count the tensors that are alive at once where the code needs the most; tests hold them against the code
+itself. Plain arithmetic, no torch. Knows nothing of budgets or placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in each precision that a pipeline runs in."""
+
+TOKEN_MULTIPLE = 32
+TOKEN_SIDE = 16
+"""Pixels per side of an image token: 8 of the autoencoder times a patch of 2."""
+LATENT_SIDE = 8
+SCHEDULE_STEPS = 50
+"""Steps whose modulations are counted: the longest recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Numbers of parameters, and the widths that decide what a stage needs beside them.
+
+    `text_layers` and `blocks` count the parameters of each layer that can be moved on its own, in the order in which
+    they run: `blocks` are the noise refiners and the main layers, `context_blocks` run once per prompt.
+    """
+
+    text_layers: tuple[int, ...]
+    text_rest: int
+    """The embedding of tokens."""
+    blocks: tuple[int, ...]
+    context_blocks: tuple[int, ...]
+    transformer_rest: int
+    vae: int
+    text_width: int
+    text_intermediate: int
+    dim: int
+    vae_channels: tuple[int, int]
+    """Channels of the decoder's last two levels, the finest first."""
+    native_side: int = 1024
+    """Pixels per side of the pictures that it was trained on."""
+
+    @property
+    def text_encoder(self) -> int:
+        return self.text_rest + sum(self.text_layers)
+
+    @property
+    def transformer(self) -> int:
+        return self.transformer_rest + sum(self.blocks) + sum(self.context_blocks)
+
+
+RELEASED = ModelSizes(
+    text_layers=(100_930_816,) * 35,
+    text_rest=388_956_160,
+    blocks=(180_910_336,) * 32,
+    context_blocks=(176_962_816,) * 2,
+    transformer_rest=11_852_352,
+    vae=83_819_683,
+    text_width=2560,
+    text_intermediate=9728,
+    dim=3840,
+    vae_channels=(128, 256),
+)
+"""Both released models: the text encoder without its last layer, which nobody reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a plan is for: pixels of the picture, tokens of its prompt, and the precision."""
+
+    height: int = 1024
+    width: int = 1024
+    tokens: int = 512
+    dtype: str = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+def text_activations(sizes: ModelSizes, work: Work) -> int:
+    """Bytes beside the weights while a prompt is encoded: in a feed-forward, gate, product and their factors."""
+    return work.tokens * work.itemsize * (4 * sizes.text_width + 3 * sizes.text_intermediate)
+
+
+def denoise_activations(sizes: ModelSizes, work: Work) -> int:
+    """Bytes beside the weights in a denoising step, and what is kept for all steps of a schedule.
+
+    The peak is the rotation of queries and keys: both in float32 before and after it, and in the compute type queries,
+    keys, values, their concatenation, the result, the residual stream and what attention reads; the refined image is
+    kept for the other branch of guidance.
+    """
+    image = _filled((work.height // TOKEN_SIDE) * (work.width // TOKEN_SIDE))
+    caption = _filled(work.tokens)
+    narrow = work.dtype != "float32"
+    wide = 16 if narrow else 8  # queries and keys in float32, before and after; before it is a copy only if narrow
+    stream = 4 if work.dtype == "float16" else work.itemsize
+    per_channel = wide + (8 if narrow else 6) * work.itemsize + 2 * stream
+    kept = (SCHEDULE_STEPS * 4 * (len(sizes.blocks) + 1) + caption) * sizes.dim * work.itemsize
+    latents = 8 * 16 * 4 * (work.height // LATENT_SIDE) * (work.width // LATENT_SIDE)
+    return (image + caption) * sizes.dim * per_channel + kept + latents
+
+
+def decode_activations(sizes: ModelSizes, work: Work, tile: int | None = None) -> int:
+    """Bytes beside the weights while a picture is decoded, whole or in tiles of `tile` pixels per side.
+
+    The peak is the first residual of the finest level: its input, which has the channels of the level before, and
+    three tensors of its own.
+    """
+    finest, before = sizes.vae_channels
+    height, width = (side if tile is None else min(side, tile) for side in (work.height, work.width))
+    canvas = 0 if tile is None else 2 * 3 * work.height * work.width
+    return ((before + 3 * finest) * height * width + canvas) * work.itemsize
+
+
+def _filled(tokens: int) -> int:
+    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE

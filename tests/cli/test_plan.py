@@ -1,0 +1,89 @@
+"""`zimage plan`: a table or JSON, for models that are there and for the released ones that are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from zimage import cli
+from zimage.memory.plan import Budget, make_plan
+from zimage.memory.sizes import RELEASED, Work
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_a_released_model_on_a_card_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--model", "turbo", "--memory", "12GB", "--host-memory", "32GB", "--size", "1280x720")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "turbo, 1280x720, bfloat16: text encoder streamed, 24 of 32 blocks resident, decode whole"
+    assert lines[1] == "may be used: 10.06 GiB of the device, 29.80 GiB of the host"
+    assert lines[2] == "streamed through 2 places on the device, from memory"
+    assert [line.split()[0] for line in lines[3:7]] == ["stage", "prompt", "denoising", "decoding"]
+    assert [line.split(":")[0] for line in lines[7:]] == ["not", "not"]
+
+
+def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--memory", "8GB", "--host-memory", "10GB", "--tokens", 100, "--dtype", "float16", "--json")
+    code, out, _ = run(capsys, "--model", "base", *options)
+    budget = Budget.of_card(8 * 10**9, int(10e9), "8GB")
+    plan = make_plan(RELEASED, Work(tokens=100, dtype="float16"), budget)
+    assert code == 0
+    assert json.loads(out) == {"model": "base", **json.loads(json.dumps(plan.to_dict()))}
+
+
+def test_sources_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--memory", "8GB", "--host-memory", "10GB")
+    assert "from files (text encoder) and memory (blocks)" in out
+    _, out, _ = run(capsys, "--memory", "17GiB", "--device", "cpu", "--size", 256)
+    assert "streamed through 2 places on the device, from files\n" in out
+
+
+def test_a_checkpoint_and_what_is_free_here(capsys: pytest.CaptureFixture[str], turbo: str) -> None:
+    code, out, _ = run(capsys, "--model", turbo, "--device", "cpu", "--size", 256)
+    assert code == 0
+    assert "256x256, bfloat16: text encoder resident, transformer resident, decode whole" in out
+    code, out, _ = run(capsys, "--model", "demo")
+    assert out.startswith("demo, 128x128, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--memory", "2GB", "--host-memory", "8GB"], 1, "does not fit, nor does a smaller picture"),
+        (["--memory", "lots"], 2, "memory must be 'auto' or an amount like '16GB' or '12GiB', got 'lots'"),
+        (["--memory", "8GB", "--host-memory", "x"], 2, "memory must be 'auto' or an amount"),
+        (["--size", "1000"], 2, "must be a multiple of 16, got 1000; try 992 or 1008"),
+        (["--tokens", "0"], 2, "--tokens must be 1 to 1504, got 0"),
+        (["--dtype", "int8"], 2, "--dtype must be auto, float32, bfloat16, float16, got 'int8'"),
+        (["--device", "tpu"], 2, "--device must be cuda, mps or cpu, got 'tpu'"),
+        (["--memory", "8GB", "--text-encoder", "gpu"], 2, "must be 'resident', 'streamed' or 'cpu', got 'gpu'"),
+        (["--model", "no/where"], 1, "no/where"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    came, out, err = run(capsys, *arguments)
+    assert (came, out) == (code, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_named_amount_needs_no_torch(run_python: Callable[..., str]) -> None:
+    code = """
+import sys
+from zimage import cli
+try:
+    cli.main(["plan", "--memory", "16GB", "--host-memory", "32GB"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    assert run_python(code).startswith("turbo, 1024x1024")

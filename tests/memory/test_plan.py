@@ -1,0 +1,193 @@
+"""Plans fit what they were made for, prefer speed, say what they rejected, and refuse with what would fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage import NotEnoughMemory, RequestError
+from zimage.memory.plan import LEAST_MARGIN, Budget, Plan, make_plan, parse_memory, predict
+from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
+
+GIB = 2**30
+ROOMY = 64 * GIB
+
+
+def card(gigabytes: float, host: int | None = ROOMY) -> Budget:
+    return Budget.of_card(int(gigabytes * 10**9), host, f"{gigabytes}GB")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "most", "text_encoder", "resident"),
+    [
+        (24.5, 20.3, "resident", 32),
+        (16, 13.5, "streamed", 32),
+        (12, 10.5, "streamed", 23),
+        (8, 6.5, "streamed", 12),
+        (4, 3.4, "streamed", 1),
+    ],
+)
+def test_cards(gigabytes: float, most: float, text_encoder: str, resident: int) -> None:
+    """At 1024² in bfloat16, within what issue and documents promise for the card."""
+    plan = make_plan(RELEASED, Work(tokens=128), card(gigabytes))
+    assert plan.device_peak <= most * GIB
+    assert plan.placement.text_encoder == text_encoder
+    assert plan.placement.resident_blocks == resident
+    assert plan.placement.tile is None
+
+
+def test_everything_resident_is_the_sum_of_weights_and_what_a_stage_needs() -> None:
+    work = Work(tokens=100, dtype="float32")
+    plan = make_plan(RELEASED, work, card(80))
+    weights = 4 * (RELEASED.text_encoder + RELEASED.transformer + RELEASED.vae)
+    assert {stage.name: stage.device - weights for stage in plan.stages} == {
+        "prompt": text_activations(RELEASED, work),
+        "denoising": denoise_activations(RELEASED, work),
+        "decoding": decode_activations(RELEASED, work),
+    }
+    assert (plan.host_peak, plan.rejected, plan.placement.slots) == (0, (), 0)
+
+
+def test_streamed_blocks_move_from_the_device_to_the_host() -> None:
+    work, budget = Work(tokens=128), card(8)
+    plan = make_plan(RELEASED, work, budget)
+    one_less = replace(plan.placement, resident_blocks=plan.placement.resident_blocks - 1)
+    block = 2 * RELEASED.blocks[0]
+    for before, after in zip(plan.stages, predict(RELEASED, work, budget, one_less), strict=True):
+        assert (before.device - after.device, after.host - before.host) == (block, block)
+    one_more = replace(plan.placement, resident_blocks=plan.placement.resident_blocks + 1)
+    assert max(stage.device for stage in predict(RELEASED, work, budget, one_more)) > budget.device
+
+
+def test_the_rejected_come_with_their_reason() -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(12))
+    assert [str(one.placement) for one in plan.rejected] == [
+        "text encoder resident, transformer resident, decode whole",
+        "text encoder streamed, transformer resident, decode whole",
+    ]
+    assert plan.rejected[0].reason == "decoding needs 20.17 GiB of the device and 10.06 GiB may be used"
+
+
+def test_tiles_only_where_nothing_else_fits() -> None:
+    work = Work(height=2048, width=2048, tokens=128)
+    assert make_plan(RELEASED, work, card(8)).placement.tile is None
+    assert make_plan(RELEASED, work, card(6)).placement.tile == 512
+    assert make_plan(RELEASED, Work(height=512, width=512, tokens=128), card(2.25)).placement.tile == 256
+
+
+@pytest.mark.parametrize(
+    ("host", "sources"), [(32, ("memory", "memory")), (10, ("files", "memory")), (2, ("files", "files"))]
+)
+def test_what_the_host_cannot_hold_comes_from_files(host: int, sources: tuple[str, str]) -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(8, host * GIB))
+    assert (plan.placement.text_source, plan.placement.block_source) == sources
+    assert plan.host_peak <= host * GIB
+
+
+def test_a_device_that_is_the_host() -> None:
+    """22 GiB hold everything for a picture of 256²; within 15 GiB the text encoder passes through."""
+    work = Work(height=256, width=256, tokens=128)
+    plan = make_plan(RELEASED, work, Budget(device=22 * GIB, host=None))
+    assert plan.placement.text_encoder == "resident"
+    plan = make_plan(RELEASED, work, Budget(device=15 * GIB, host=None))
+    assert plan.placement.text_encoder == "streamed"
+    assert plan.placement.text_source == "files"
+    assert plan.device_peak < 13 * GIB
+    with pytest.raises(NotEnoughMemory, match="even with text encoder streamed, transformer resident"):
+        make_plan(RELEASED, work, Budget(device=12 * GIB, host=None))
+
+
+def test_a_text_encoder_that_is_told_where_to_be() -> None:
+    work = Work(tokens=128)
+    assert make_plan(RELEASED, work, card(80), text_encoder="cpu").placement.text_encoder == "cpu"
+    assert make_plan(RELEASED, work, card(80), text_encoder="streamed").device_peak < 14 * GIB
+    plan = make_plan(RELEASED, work, card(16), text_encoder="resident")
+    assert plan.placement.text_encoder == "resident"
+    assert plan.placement.resident_blocks < 32
+    with pytest.raises(RequestError, match="must be 'resident', 'streamed' or 'cpu', got 'gpu'"):
+        make_plan(RELEASED, work, card(80), text_encoder="gpu")
+
+
+def test_a_refusal_names_a_size_that_fits() -> None:
+    work, budget = Work(height=2048, width=1024, tokens=128), card(3)
+    with pytest.raises(NotEnoughMemory) as refused:
+        make_plan(RELEASED, work, budget)
+    said = re.search(r"(\d+)x(\d+) would fit", str(refused.value))
+    assert said is not None
+    make_plan(RELEASED, replace(work, width=int(said[1]), height=int(said[2])), budget)
+    with pytest.raises(NotEnoughMemory, match="nor does a smaller picture"):
+        make_plan(RELEASED, work, card(1.5))
+
+
+@given(
+    gigabytes=st.floats(0.5, 100),
+    host=st.none() | st.integers(0, 64),
+    tokens=st.integers(1, 512),
+    sides=st.tuples(st.integers(16, 128), st.integers(16, 128)),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_every_plan_fits_and_no_faster_one_did(
+    gigabytes: float, host: int | None, tokens: int, sides: tuple[int, int], dtype: str
+) -> None:
+    work = Work(height=16 * sides[0], width=16 * sides[1], tokens=tokens, dtype=dtype)
+    budget = card(gigabytes, None if host is None else host * GIB)
+    try:
+        plan = make_plan(RELEASED, work, budget)
+    except NotEnoughMemory:
+        return  # told by the tests above
+    assert fits(plan)
+    for other in plan.rejected:
+        assert not fits(replace(plan, stages=predict(RELEASED, work, budget, other.placement)))
+    richer = make_plan(RELEASED, work, replace(budget, device=budget.device + GIB))
+    assert (richer.placement.tile or 10**6) >= (plan.placement.tile or 10**6)
+    if richer.placement.tile == plan.placement.tile:
+        assert richer.placement.resident_blocks >= plan.placement.resident_blocks
+
+
+def fits(plan: Plan) -> bool:
+    return plan.device_peak <= plan.budget.device and (plan.budget.host is None or plan.host_peak <= plan.budget.host)
+
+
+def test_the_margin() -> None:
+    assert Budget.of_card(40 * GIB, None).device == 36 * GIB
+    assert Budget.of_card(8 * GIB, None).device == 8 * GIB - LEAST_MARGIN
+    assert Budget.of_card(GIB // 2, None).device == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("auto", None),
+        ("16GB", 16 * 10**9),
+        (" 12.5 gib ", int(12.5 * GIB)),
+        ("8192MiB", 8 * GIB),
+        (123456, 123456),
+        ("1500000", 1500000),
+    ],
+)
+def test_amounts(text: Any, count: int | None) -> None:
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "lots", "800M", "-4GB", "0GB", "16 TB", 0, -1, True, None, 3.5, "1e3GB", "9" * 40]
+)
+def test_what_is_no_amount(text: Any) -> None:
+    with pytest.raises(RequestError, match="memory must be 'auto' or an amount like '16GB'"):
+        parse_memory(text)
+
+
+def test_a_plan_as_text_and_as_data() -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(12))
+    assert str(plan).splitlines()[0] == (
+        "1024x1024, bfloat16: text encoder streamed, 23 of 32 blocks resident, decode whole"
+    )
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data["device_peak"] == plan.device_peak == max(stage["device"] for stage in data["stages"])
+    assert data["placement"]["resident_blocks"] == 23

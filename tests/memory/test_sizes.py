@@ -1,0 +1,107 @@
+"""Counts are those of the models, and the formulas of peaks those of the code, run without memory at the real size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zimage.checkpoint.modules import Blank
+from zimage.checkpoint.sizes import sizes_of_blanks
+from zimage.memory.meter import AllocationMeter
+from zimage.memory.sizes import (
+    RELEASED,
+    Work,
+    decode_activations,
+    denoise_activations,
+    text_activations,
+)
+from zimage.models.autoencoder import Autoencoder
+from zimage.models.precision import DTYPES, cast
+from zimage.models.transformer import Caption
+
+Blanks = Callable[[str], dict[str, Blank]]
+WORKS = [
+    ("real", Work(height=1024, width=1024, tokens=96, dtype="bfloat16")),
+    ("real", Work(height=2048, width=1024, tokens=512, dtype="bfloat16")),
+    ("real", Work(height=1024, width=1024, tokens=512, dtype="float16")),
+    ("real", Work(height=512, width=768, tokens=160, dtype="float32")),
+    ("small", Work(height=512, width=512, tokens=64, dtype="bfloat16")),
+    ("small", Work(height=512, width=512, tokens=64, dtype="float32")),
+    ("small", Work(height=512, width=512, tokens=64, dtype="float16")),
+]
+
+
+@contextmanager
+def no_scores() -> Iterator[None]:
+    """Attention as devices have it: no table of scores, which the meta device would make."""
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*given: Any, **named: Any) -> Tensor:
+        return torch.empty_like(given[0] if given else named["query"])
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = usual
+
+
+def peak(run: Callable[[], Any]) -> int:
+    with torch.no_grad(), no_scores(), AllocationMeter() as meter:
+        run()
+    return meter.peak
+
+
+def test_the_released_sizes_are_those_of_the_real_checkpoint(blanks: Blanks) -> None:
+    assert sizes_of_blanks(blanks("real")) == RELEASED
+    assert RELEASED.transformer == pytest.approx(6.155e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "work"), WORKS)
+def test_a_prompt(blanks: Blanks, size: str, work: Work) -> None:
+    model = blanks(size)["text_encoder"].module
+    cast(model, dtype=DTYPES[work.dtype])
+    ids = torch.zeros(1, work.tokens, dtype=torch.long, device="meta")
+    model.rotary_emb.to("meta")
+    seen = peak(lambda: model(input_ids=ids, attention_mask={"full_attention": None}, use_cache=False))
+    assert text_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "work"), WORKS)
+def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
+    model = blanks(size)["transformer"].module
+    cast(model, dtype=DTYPES[work.dtype])
+    tokens = -(-work.tokens // 32) * 32
+
+    def step() -> None:
+        captions = [Caption(torch.empty(1, tokens, model.config.dim, device="meta", dtype=model.dtype))] * 2
+        latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta")
+        grid = model.grid(*latents.shape[2:], tokens)
+        levels = model.modulations(torch.empty(50, device="meta"))
+        refined = model.refine(latents, grid, levels[0])
+        for caption in captions:
+            model.denoise(latents, caption, grid, levels[0], refined).float()
+
+    assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "work"), WORKS)
+def test_a_decode(blanks: Blanks, size: str, work: Work) -> None:
+    model = blanks(size)["vae"].module
+    cast(model, dtype=DTYPES[work.dtype])
+    latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta", dtype=model.dtype)
+    seen = peak(lambda: Autoencoder(model)._pixels(latents))
+    assert decode_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(seen, rel=0.1)
+
+
+def test_a_tile_needs_what_it_covers() -> None:
+    work, small = Work(height=2048, width=1024), Work(height=256, width=256)
+    canvas = 2 * 2048 * 1024 * 3 * 2
+    whole = decode_activations(RELEASED, work)
+    assert decode_activations(RELEASED, work, tile=512) == pytest.approx(whole / 8 + canvas, rel=0.01)
+    assert decode_activations(RELEASED, small, tile=512) >= decode_activations(RELEASED, small)
