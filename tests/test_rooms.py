@@ -17,7 +17,7 @@ import zimage
 SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "variants", "rules", "request", "_version", "memory.plan", "memory.sizes"),
-    ("sampling", "models", "memory.meter"),
+    ("sampling", "models", "memory.copiers", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
     ("runtime", "components", "denoiser", "callbacks", "calls", "output", "parts", "pipeline"),
     ("cli", "testing", "server", "distributed", "training", "demo"),

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,15 @@ from .checkpoint.load import Components, load_components
 from .checkpoint.locate import locate
 from .checkpoint.save import save_components
 from .errors import RequestError
+from .memory.budget import find_budget
+from .memory.plan import Plan, fit_picture, follow, plan_model
+from .memory.residency import Residency
+from .memory.sizes import ModelSizes
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
+from .request import ResolvedRequest
 from .rules import Limits
 from .variants import detect_variant
 
@@ -56,6 +62,8 @@ class Parts:
         self.transformer = ZImageTransformer.share(transformer)
         self.autoencoder = Autoencoder(vae)
         self._folder = folder
+        self._plan: Plan | None = None
+        self._residency: Residency | None = None
         self._turn = threading.RLock()
         components.check_parts(self.text_encoder.model.config, self.transformer.config, vae.config)
 
@@ -67,6 +75,7 @@ class Parts:
         variant: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        memory: str | int | Plan = "auto",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -81,10 +90,13 @@ class Parts:
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.
+            memory: of the device, how much may be used: "auto" is what is free, "16GB" or "12GiB" no more than that.
+                What does not fit passes through, layer by layer; see `plan`. Or a plan of one's own.
             revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
             low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
 
-        Raises `CheckpointError` for what cannot be found, read or trusted, `RequestError` for wrong arguments.
+        Raises `CheckpointError` for what cannot be found, read or trusted, `NotEnoughMemory` before loading for what
+        cannot fit, `RequestError` for wrong arguments.
         """
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are both given; they are one setting, leave torch_dtype out")
@@ -92,9 +104,10 @@ class Parts:
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
-        parts = load_components(place.folder, dtype=precision, device=target)
+        planner = partial(_plan, memory=memory, dtype=precision, device=target)
+        parts = load_components(place.folder, dtype=precision, device=target, planner=planner)
         source = place.hub_id or place.demo or runtime.portable_path(place.folder)
-        return cls(
+        made = cls(
             parts.shift,
             parts.vae,
             parts.text_encoder,
@@ -104,6 +117,20 @@ class Parts:
             model={"source": source, "revision": place.revision or "", "fingerprint": fingerprint(place.folder)},
             folder=place.folder,
         )
+        made._carry_out(parts, target)
+        return made
+
+    @property
+    def plan(self) -> Plan | None:
+        """What sits where, as predicted for a picture of the model's own size; `None` where nothing was loaded."""
+        return self._plan
+
+    def _fit(self, request: ResolvedRequest) -> int:
+        """How many of the decoder's levels a picture needs in strips; raises `NotEnoughMemory` if it does not fit."""
+        if self._plan is None:
+            return 0
+        fitted = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
+        return fitted.placement.strip_levels
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, *, variant: str | None = None) -> Self:
@@ -111,7 +138,8 @@ class Parts:
         return cls(**components.parts_of(pipeline), variant=variant)
 
     def to_diffusers(self) -> Any:
-        """A diffusers `ZImagePipeline` over the very modules of this one."""
+        """A diffusers `ZImagePipeline` over the very modules of this one; `RequestError` if some are streamed."""
+        self._require_resident("handed to diffusers")
         return components.to_diffusers(
             vae=self.autoencoder.vae,
             text_encoder=self.text_encoder.model,
@@ -135,7 +163,10 @@ class Parts:
             save_components(parts, folder, max_shard_size=max_shard_size)
 
     def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> Self:
-        """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself."""
+        """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself.
+
+        `RequestError` if parts of it are streamed.
+        """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
@@ -143,11 +174,32 @@ class Parts:
                 device = target
         place = self.device if device is None else runtime.choose_device(device)
         precision = self.dtype if dtype is None else choose_dtype(dtype, place)
+        if place == self.device and precision == self.dtype:
+            return self
+        self._require_resident("moved or converted")
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
             self.text_encoder.forget()
         return self
+
+    def _carry_out(self, loaded: Components, device: torch.device) -> None:
+        """Let what the plan streams pass through `device`."""
+        self._plan = loaded.plan
+        placement = loaded.plan.placement if loaded.plan else None
+        if placement is not None and placement.text_encoder == "streamed":
+            self.text_encoder.device = device
+        if placement is not None and loaded.layers:
+            self._residency = Residency(
+                placement, loaded.layers, device, text_encoder=self.text_encoder.model, transformer=self.transformer
+            )
+
+    def _require_resident(self, what: str) -> None:
+        if self._residency is not None:
+            raise RequestError(
+                f"parts of this pipeline pass through the device as its plan has it, so it cannot be {what}; load it "
+                "again with the device, dtype and memory that are wanted"
+            )
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -170,3 +222,11 @@ class Parts:
     def limits(self) -> Limits:
         """What the loaded model can take, read from its configuration."""
         return components.limits_of(self.transformer.config, self.autoencoder.vae.config)
+
+
+def _plan(sizes: ModelSizes, *, memory: str | int | Plan, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan for pictures of the size that the model was trained on, or the one that was given."""
+    precision = str(dtype).removeprefix("torch.")
+    if isinstance(memory, Plan):
+        return follow(memory, sizes, precision)
+    return plan_model(sizes, precision, find_budget(memory, device))

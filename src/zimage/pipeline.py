@@ -100,7 +100,7 @@ class ZImagePipeline(Parts):
             progress: show a progress bar.
             embed_recipe: let the pictures carry their recipe into the files they are saved to.
 
-        Raises `RequestError` before anything is computed, `NonFiniteError`, `Cancelled`.
+        Raises `RequestError` and `NotEnoughMemory` before anything is computed, `NonFiniteError`, `Cancelled`.
         """
         options = {name: value for name, value in locals().items() if name in PICTURE_OPTIONS and value is not None}
         check_output_type(output_type)
@@ -111,6 +111,8 @@ class ZImagePipeline(Parts):
             prompt, options, num_images_per_prompt, generator, resolve=self.resolve, latent_shape=self._latent_shape
         )
         check_stackable(requests, output_type)
+        for request in requests:
+            self._fit(request)
         tokens = tokenize(requests, self.text_encoder)
         with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
             call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)
@@ -126,9 +128,10 @@ class ZImagePipeline(Parts):
     ) -> Generator[Step, None, None]:
         """Make one picture a denoising step at a time; the last `Step` carries the image. `close()` cancels.
 
-        Raises `RequestError` at once, the rest while iterating.
+        Raises `RequestError` and `NotEnoughMemory` at once, the rest while iterating.
         """
         resolved = self.resolve(GenerationRequest(request) if isinstance(request, str) else request)
+        self._fit(resolved)
         tokens = tokenize([resolved], self.text_encoder)
         return self._stream(resolved, Call(Preparation(self.transformer), tokens, cancel), embed_recipe)
 
@@ -211,7 +214,7 @@ class ZImagePipeline(Parts):
         if output_type == "latent":
             return latents
         with self._computing():
-            pixels = self.autoencoder.decode(latents)
+            pixels = self.autoencoder.decode(latents, self._fit(request))
         if output_type != "pil":
             return pixels
         image = to_image(pixels)

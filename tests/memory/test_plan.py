@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage import NotEnoughMemory, RequestError
-from zimage.memory.plan import LEAST_MARGIN, Budget, Plan, make_plan, parse_memory, predict
+from zimage.memory.plan import LEAST_MARGIN, Budget, Plan, fit_picture, make_plan, parse_memory, plan_model, predict
 from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
 
 GIB = 2**30
@@ -39,7 +39,7 @@ def test_cards(gigabytes: float, most: float, text_encoder: str, resident: int) 
     assert plan.device_peak <= most * GIB
     assert plan.placement.text_encoder == text_encoder
     assert plan.placement.resident_blocks == resident
-    assert plan.placement.tile is None
+    assert plan.placement.strip_levels == 0
 
 
 def test_everything_resident_is_the_sum_of_weights_and_what_a_stage_needs() -> None:
@@ -74,11 +74,9 @@ def test_the_rejected_come_with_their_reason() -> None:
     assert plan.rejected[0].reason == "decoding needs 20.17 GiB of the device and 10.06 GiB may be used"
 
 
-def test_tiles_only_where_nothing_else_fits() -> None:
+def test_strips_only_where_nothing_else_fits() -> None:
     work = Work(height=2048, width=2048, tokens=128)
-    assert make_plan(RELEASED, work, card(8)).placement.tile is None
-    assert make_plan(RELEASED, work, card(6)).placement.tile == 512
-    assert make_plan(RELEASED, Work(height=512, width=512, tokens=128), card(2.25)).placement.tile == 256
+    assert [make_plan(RELEASED, work, card(size)).placement.strip_levels for size in (8.5, 6, 4.8)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +143,8 @@ def test_every_plan_fits_and_no_faster_one_did(
     for other in plan.rejected:
         assert not fits(replace(plan, stages=predict(RELEASED, work, budget, other.placement)))
     richer = make_plan(RELEASED, work, replace(budget, device=budget.device + GIB))
-    assert (richer.placement.tile or 10**6) >= (plan.placement.tile or 10**6)
-    if richer.placement.tile == plan.placement.tile:
+    assert richer.placement.strip_levels <= plan.placement.strip_levels
+    if richer.placement.strip_levels == plan.placement.strip_levels:
         assert richer.placement.resident_blocks >= plan.placement.resident_blocks
 
 
@@ -191,3 +189,23 @@ def test_a_plan_as_text_and_as_data() -> None:
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["device_peak"] == plan.device_peak == max(stage["device"] for stage in data["stages"])
     assert data["placement"]["resident_blocks"] == 23
+
+
+def test_a_model_that_is_too_large_for_its_own_size_is_planned_for_a_smaller_one() -> None:
+    budget = card(2.9)
+    with pytest.raises(NotEnoughMemory):
+        make_plan(RELEASED, Work(), budget)
+    assert plan_model(RELEASED, "bfloat16", budget).work == Work(height=512, width=512)
+    assert plan_model(RELEASED, "bfloat16", card(12)).work == Work()
+    with pytest.raises(NotEnoughMemory, match="1024x1024 does not fit"):
+        plan_model(RELEASED, "bfloat16", card(1))
+
+
+def test_a_picture_takes_as_few_strips_as_it_needs() -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(16))
+    assert fit_picture(plan, 1024, 1024, 128).placement == plan.placement
+    assert fit_picture(plan, 1024, 1536, 128).placement.strip_levels == 1
+    with pytest.raises(NotEnoughMemory, match=r"2048x2048 does not fit in 16GB: denoising needs 14\..* smaller size"):
+        fit_picture(plan, 2048, 2048, 128)
+    free = replace(plan, budget=replace(plan.budget, name="auto"))
+    assert fit_picture(free, 2048, 2048, 128).placement.strip_levels == 2

@@ -7,6 +7,7 @@ Five hard-coded classes come out, whatever the files say, and no code of a check
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,18 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from ..errors import CheckpointError
+from ..memory.plan import Plan
+from ..memory.ring import Layer
+from ..memory.sizes import ModelSizes
 from ..models.transformer import ZImageTransformer
 from .configs import PARTS
 from .reading import reason
+from .sizes import sizes_of_blanks
+from .streaming import moves, streamed_layer, streamed_names
 from .survey import Survey, survey
 from .tensors import fill
+
+Planner = Callable[[ModelSizes], Plan]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,12 +47,22 @@ class Components:
     vae: AutoencoderKL
     shift: float
     folder: Path | None
+    plan: Plan | None = None
+    layers: tuple[Layer, ...] = ()
+    """Those that pass through the device as the plan has it, in the order in which they run."""
 
 
 def load_components(
-    folder: str | os.PathLike[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    planner: Planner | None = None,
 ) -> Components:
-    """The components in `folder`, their weights in `dtype` on `device`, in evaluation mode and without gradients.
+    """The components in `folder`, their weights in `dtype`, in evaluation mode and without gradients.
+
+    All are on `device`, or where the plan has them that `planner` makes of their sizes before anything is read; layers
+    that it streams are on the host, or still in their files.
 
     Raises `CheckpointError` for anything missing, damaged, foreign or hostile, and lists what is wrong: configs, the
     tokenizer and the names, shapes and types of all tensors are checked before a weight is read, and the values while
@@ -58,17 +76,25 @@ def load_components(
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason(error)}") from error
     found.require()
-    return _load(found, dtype, target)
+    return _load(found, dtype, target, None if planner is None else planner(sizes_of_blanks(found.blanks)))
 
 
 @torch.inference_mode(False)
-def _load(found: Survey, dtype: torch.dtype, device: torch.device) -> Components:
+def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | None) -> Components:
     configs = found.configs
     assert configs.text_encoder is not None  # the survey found no errors
     assert configs.shift is not None
+    layers: list[Layer] = []
     for component in PARTS:
-        blank = found.blanks[component]
-        fill(blank.module, found.weights[component], blank.targets, dtype=dtype, device=device)
+        blank, weights = found.blanks[component], found.weights[component]
+        streamed = streamed_names(plan.placement, component, blank.module) if plan else []
+        is_apart = plan is not None and component == "text_encoder" and plan.placement.text_encoder != "resident"
+        rest = {name: to for name, to in blank.targets.items() if not moves(to, streamed)}
+        fill(blank.module, weights, rest, dtype=dtype, device=torch.device("cpu") if is_apart else device)
+        for name in streamed:
+            assert plan is not None
+            source = plan.placement.text_source if component == "text_encoder" else plan.placement.block_source
+            layers.append(streamed_layer(blank, weights, name, source=source, dtype=dtype, device=device))
     return Components(
         tokenizer=found.tokenizer,
         text_encoder=found.blanks["text_encoder"].module,
@@ -77,4 +103,6 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device) -> Components
         vae=found.blanks["vae"].module,
         shift=configs.shift,
         folder=found.folder,
+        plan=plan,
+        layers=tuple(layers),
     )

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
+from ..memory.ring import STAYS
 from ..memory.sizes import ModelSizes
 from ..rules import native_side
 from .locate import locate
@@ -40,23 +41,20 @@ def sizes_of_blanks(blanks: Mapping[str, Blank]) -> ModelSizes:
         text_width=text.module.config.hidden_size,
         text_intermediate=text.module.config.intermediate_size,
         dim=transformer.module.config.dim,
-        vae_channels=_finest(tuple(vae.config.block_out_channels)),
+        vae_channels=tuple(vae.config.block_out_channels),
+        vae_residuals=vae.config.layers_per_block + 1,
         native_side=native_side(vae.config.sample_size),
     )
 
 
 def _by_layer(blank: Blank, prefix: str) -> list[int]:
-    """Parameters of `prefix0.`, `prefix1.`, … in the module."""
+    """Parameters of `prefix0.`, `prefix1.`, … in the module that move with it."""
     counts: dict[int, int] = {}
     for name, target in blank.targets.items():
-        if target.startswith(prefix):
+        if target.startswith(prefix) and STAYS not in target:
             number = int(target.removeprefix(prefix).split(".")[0])
             counts[number] = counts.get(number, 0) + math.prod(blank.needed[name])
     return [counts[number] for number in sorted(counts)]
-
-
-def _finest(channels: tuple[int, ...]) -> tuple[int, int]:
-    return channels[0], channels[min(1, len(channels) - 1)]
 
 
 def _count(shapes: Mapping[str, Shape]) -> int:

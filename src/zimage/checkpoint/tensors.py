@@ -1,4 +1,4 @@
-"""Reads the values of tensors from safetensors files into a module, in the wanted type and on the wanted device.
+"""Reads the values of tensors from safetensors files, in the wanted type and on the wanted device.
 
 Bytes are read, not mapped: each tensor gets memory of its own, aligned and private, no file stays open, and a file that
 shrinks meanwhile is an error rather than a crash. Beyond the weights themselves one buffer of `CHUNK` bytes is held, so
@@ -8,13 +8,16 @@ float32 files become a bfloat16 model in the memory of the latter. Every value i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..memory.ring import Field
 from .headers import Entry, Header
 from .reading import open_regular, reason, shown
 from .shards import Weights
@@ -34,7 +37,8 @@ def fill(
         wanted = [(name, entry) for name, entry in header.entries.items() if name in targets]
         with open_regular(header.path) as file:
             for name, entry in sorted(wanted, key=lambda item: item[1].start):
-                tensor = _read(file, header, name, entry, staging, dtype=dtype, device=device)
+                tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+                _read(file, header, name, entry, staging, tensor.view(-1))
                 owner, _, leaf = targets[name].rpartition(".")
                 setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     for buffer_name, buffer in list(module.named_buffers()):
@@ -42,20 +46,47 @@ def fill(
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
 
 
-def _read(
-    file: BinaryIO,
-    header: Header,
-    name: str,
-    entry: Entry,
-    staging: Tensor,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    source = _DTYPES[entry.dtype]
-    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-    flat = tensor.view(-1)
-    in_place = source == dtype and device.type == "cpu"
+class LayerFile:
+    """The tensors of one layer in their files, to be read again and again into a flat buffer (see `memory.ring`).
+
+    `fields` gives each tensor's place in the buffer by its name in the files. A file that is not the one that was
+    opened first is refused, so that a layer never comes from another model than the rest.
+    """
+
+    def __init__(self, weights: Weights, fields: Mapping[str, Field]) -> None:
+        self._parts = [
+            (header, sorted(((name, entry) for name, entry in header.entries.items() if name in fields),
+                            key=lambda item: item[1].start))
+            for header in weights.headers
+        ]  # fmt: skip
+        self._fields = fields
+        self._stamps = {header.path: _stamp(header.path) for header, entries in self._parts if entries}
+
+    def __call__(self, buffer: Tensor) -> None:
+        """Write the layer into `buffer`, a flat `uint8` tensor of the host."""
+        staging = torch.empty(0, dtype=torch.uint8)
+        for header, entries in self._parts:
+            if not entries:
+                continue
+            with open_regular(header.path) as file:
+                if _stamp(file.fileno()) != self._stamps[header.path]:
+                    raise CheckpointError(f"{header.path} has changed since the model was loaded; load it again")
+                for name, entry in entries:
+                    flat = self._fields[name].view(buffer).view(-1)
+                    if _DTYPES[entry.dtype] != flat.dtype and not len(staging):
+                        staging = torch.empty(CHUNK, dtype=torch.uint8)
+                    _read(file, header, name, entry, staging, flat)
+
+
+def _stamp(file: Path | int) -> tuple[int, int, int]:
+    found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(file: BinaryIO, header: Header, name: str, entry: Entry, staging: Tensor, flat: Tensor) -> None:
+    """Read a tensor into `flat`, which has its type and lies where it is wanted."""
+    source, device = _DTYPES[entry.dtype], flat.device
+    in_place = source == flat.dtype and device.type == "cpu"
     buffer = flat if in_place else staging.view(source)
     step = CHUNK // source.itemsize
     for begin in range(0, len(flat), step):
@@ -65,7 +96,6 @@ def _read(
         if not in_place:
             part.copy_(raw.to(device) if device.type == "cuda" else raw)
         _require_finite(part, raw, header, name)
-    return tensor
 
 
 def _read_into(file: BinaryIO, header: Header, position: int, raw: Tensor) -> None:

@@ -81,8 +81,10 @@ def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:
     if kind not in (None, "cuda", "mps", "cpu"):
         raise RequestError(f"--device must be cuda, mps or cpu, got {device!r}")
     shared = kind in ("cpu", "mps")
-    if amount is not None and (shared or host is not None):
-        return Budget.of_card(amount, None if shared else host, memory)
+    if amount is not None and shared:
+        return Budget.of_host(amount, memory)
+    if amount is not None and host is not None:
+        return Budget.of_card(amount, host, memory)
     from ..memory.budget import find_budget, free_host_memory
 
     if amount is not None:

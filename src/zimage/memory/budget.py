@@ -22,7 +22,7 @@ def find_budget(memory: str | int, device: torch.device) -> Budget:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         return Budget.of_card(free if wanted is None else min(wanted, free), host, str(memory))
-    return Budget.of_card(host if wanted is None else min(wanted, host), None, str(memory))
+    return Budget.of_host(host if wanted is None else min(wanted, host), str(memory))
 
 
 def free_host_memory() -> int:

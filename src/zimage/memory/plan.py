@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import NotEnoughMemory, RequestError
@@ -17,13 +17,13 @@ from .sizes import ModelSizes, Work, decode_activations, denoise_activations, te
 
 SLOTS = 2
 """Places on the device that streamed layers pass through: one computes while the other is filled."""
-TILES = (512, 256)
-"""Sides in pixels of the tiles that a decode may be cut into."""
+STRIP_LEVELS = (1, 2)
+"""How many of the decoder's resolutions may be computed in strips: each halves what a decode needs, or better."""
 STAGING = 32 << 20
 """Bytes of host memory that weights pass through on their way from a file."""
 MARGIN, LEAST_MARGIN = 0.1, 1 << 30
-"""Of a device's memory, what is left to its driver, to libraries' workspace and to gaps between blocks: a tenth, and
-at least a GiB."""
+"""Of a card's memory, what is left to its driver, to libraries' workspace and to gaps between blocks: a tenth, and at
+least a GiB. Of the host's, a tenth."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -41,8 +41,13 @@ class Budget:
 
     @classmethod
     def of_card(cls, total: int, host: int | None, name: str = "") -> Budget:
-        """What is left of `total` bytes after the margin."""
+        """What is left of a card's `total` bytes after the margin."""
         return cls(device=max(0, total - max(math.ceil(MARGIN * total), LEAST_MARGIN)), host=host, name=name)
+
+    @classmethod
+    def of_host(cls, total: int, name: str = "") -> Budget:
+        """What is left of `total` bytes for a device that is the host itself."""
+        return cls(device=total - math.ceil(MARGIN * total), host=None, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class Placement:
         resident_blocks: how many of the `blocks` that run in every step stay on the device.
         context_resident: whether the blocks that refine captions do; else they pass through the slots.
         slots: places that what is streamed passes through; 0 where nothing is.
-        tile: side in pixels of the tiles that the picture is decoded in; `None` for whole.
+        strip_levels: how many of the decoder's resolutions are computed in strips, 0 to 2.
         text_source, block_source: where what is streamed comes from: "memory" or, where the host has not enough of it,
             "files".
     """
@@ -73,7 +78,7 @@ class Placement:
     blocks: int
     context_resident: bool
     slots: int
-    tile: int | None = None
+    strip_levels: int = 0
     text_source: str = "memory"
     block_source: str = "memory"
 
@@ -81,13 +86,25 @@ class Placement:
     def streamed_blocks(self) -> int:
         return self.blocks - self.resident_blocks
 
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Numbers of the blocks that are streamed, spread evenly: one is on its way while those before it compute."""
+        count = self.streamed_blocks
+        return tuple(
+            number
+            for number in range(self.blocks)
+            if (number + 1) * count // self.blocks > number * count // self.blocks
+        )
+
     def __str__(self) -> str:
         parts = [
             f"text encoder {'on the CPU' if self.text_encoder == 'cpu' else self.text_encoder}",
             f"{self.resident_blocks} of {self.blocks} blocks resident"
             if self.streamed_blocks
             else "transformer resident",
-            "decode whole" if self.tile is None else f"decode in tiles of {self.tile}",
+            f"decode with {self.strip_levels} level{'s' * (self.strip_levels > 1)} in strips"
+            if self.strip_levels
+            else "decode whole",
         ]
         return ", ".join(parts)
 
@@ -108,6 +125,7 @@ class Plan:
     work: Work
     budget: Budget
     stages: tuple[Stage, ...]
+    sizes: ModelSizes = field(repr=False)
     rejected: tuple[Rejected, ...] = ()
 
     @property
@@ -119,8 +137,9 @@ class Plan:
         return max(stage.host for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON."""
-        return {**asdict(self), "device_peak": self.device_peak, "host_peak": self.host_peak}
+        """Everything but the sizes as plain values for JSON."""
+        plain = {**asdict(self), "device_peak": self.device_peak, "host_peak": self.host_peak}
+        return {name: value for name, value in plain.items() if name != "sizes"}
 
     def __str__(self) -> str:
         lines = [f"{self.work.width}x{self.work.height}, {self.work.dtype}: {self.placement}"]
@@ -141,9 +160,59 @@ def make_plan(sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: st
         chosen, reason = _with_source(sizes, work, budget, placement)
         if not reason:
             stages = predict(sizes, work, budget, chosen)
-            return Plan(placement=chosen, work=work, budget=budget, stages=stages, rejected=tuple(rejected))
+            return Plan(
+                placement=chosen, work=work, budget=budget, stages=stages, sizes=sizes, rejected=tuple(rejected)
+            )
         rejected.append(Rejected(placement=chosen, reason=reason))
     raise NotEnoughMemory(_too_little(sizes, work, budget, rejected[-1]))
+
+
+def plan_model(sizes: ModelSizes, dtype: str, budget: Budget) -> Plan:
+    """The plan for pictures of the size that the model was trained on or, where that does not fit, of a smaller one.
+
+    Raises `NotEnoughMemory` where not even a quarter of the side fits.
+    """
+    refusal = None
+    for side in (sizes.native_side, sizes.native_side // 2, sizes.native_side // 4):
+        try:
+            return make_plan(sizes, Work(height=side, width=side, dtype=dtype), budget)
+        except NotEnoughMemory as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def follow(plan: Plan, sizes: ModelSizes, dtype: str) -> Plan:
+    """`plan` with the peaks of a model of these sizes; `RequestError` if it was made for another."""
+    if plan.placement.blocks != len(sizes.blocks):
+        raise RequestError(
+            f"the plan is for a model of {plan.placement.blocks} blocks and this one has {len(sizes.blocks)}; make one "
+            "from this model's sizes"
+        )
+    work = replace(plan.work, dtype=dtype)
+    return replace(plan, work=work, sizes=sizes, stages=predict(sizes, work, plan.budget, plan.placement))
+
+
+def fit_picture(plan: Plan, height: int, width: int, tokens: int) -> Plan:
+    """`plan` for one picture: what sits where stays, and as few of the decoder's levels as it needs are in strips.
+
+    Raises `NotEnoughMemory` where it does not fit and the budget is an amount; of what is free by itself the most
+    frugal decode is tried.
+    """
+    work, reason = replace(plan.work, height=height, width=width, tokens=tokens), ""
+    for levels in (0, *(levels for levels in STRIP_LEVELS if levels < len(plan.sizes.vae_channels))):
+        placement = replace(plan.placement, strip_levels=levels)
+        stages = predict(plan.sizes, work, plan.budget, placement)
+        plan = replace(plan, work=work, placement=placement, stages=stages)
+        reason = _reason(stages, plan.budget)
+        if not reason:
+            return plan
+    if plan.budget.name == "auto":
+        return plan
+    amount = plan.budget.name or "the budget"
+    raise NotEnoughMemory(
+        f"{width}x{height} does not fit in {amount}: {reason}; choose a smaller size, or load with more memory"
+    )
 
 
 def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Stage, ...]:
@@ -155,7 +224,7 @@ def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement)
         0 if placement.context_resident else max(sizes.context_blocks, default=0),
     )
     resident = sizes.transformer_rest + sizes.vae + placement.slots * slot
-    resident += sum(sizes.blocks[: placement.resident_blocks])
+    resident += sum(sizes.blocks) - sum(sizes.blocks[number] for number in placement.streamed)
     resident += sum(sizes.context_blocks) if placement.context_resident else 0
     resident += sizes.text_encoder if placement.text_encoder == "resident" else 0
     kept = _kept_on_host(sizes, work, placement)
@@ -166,7 +235,7 @@ def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement)
     needs = {
         "prompt": prompt,
         "denoising": denoise_activations(sizes, work),
-        "decoding": decode_activations(sizes, work, placement.tile),
+        "decoding": decode_activations(sizes, work, placement.strip_levels),
     }
     return tuple(Stage(name=name, device=resident * item + need, host=kept) for name, need in needs.items())
 
@@ -177,7 +246,7 @@ def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     if placement.text_encoder != "resident":
         text = sizes.text_encoder if placement.text_source == "memory" else sizes.text_rest
     if placement.block_source == "memory":
-        blocks = sum(sizes.blocks[placement.resident_blocks :])
+        blocks = sum(sizes.blocks[number] for number in placement.streamed)
         blocks += 0 if placement.context_resident else sum(sizes.context_blocks)
     is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
     return (text + blocks) * work.itemsize + (STAGING if is_staged else 0)
@@ -207,7 +276,7 @@ def gib(count: int) -> str:
 
 
 def _placements(sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None) -> Iterator[Placement]:
-    """From the fastest to the most frugal. Tiles change bits of the picture, if little, and come last."""
+    """From the fastest to the most frugal. Strips change bits of the picture, if little, and come last."""
     count = len(sizes.blocks)
     everything = Placement(
         text_encoder="resident", resident_blocks=count, blocks=count, context_resident=True, slots=0
@@ -215,9 +284,11 @@ def _placements(sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str
     places = [text_encoder] if text_encoder else ["resident", "streamed"]
     if "resident" in places:
         yield everything
-    for tile in (None, *(side for side in TILES if side < max(work.height, work.width))):
+    for levels in (0, *(levels for levels in STRIP_LEVELS if levels < len(sizes.vae_channels))):
         for place in places:
-            whole = replace(everything, text_encoder=place, slots=SLOTS if place == "streamed" else 0, tile=tile)
+            whole = replace(
+                everything, text_encoder=place, slots=SLOTS if place == "streamed" else 0, strip_levels=levels
+            )
             if whole != everything:
                 yield whole
             if place == places[-1] and budget.host is not None:

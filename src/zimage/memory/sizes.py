@@ -6,6 +6,7 @@ itself. Plain arithmetic, no torch. Knows nothing of budgets or placement.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -15,6 +16,8 @@ TOKEN_MULTIPLE = 32
 TOKEN_SIDE = 16
 """Pixels per side of an image token: 8 of the autoencoder times a patch of 2."""
 LATENT_SIDE = 8
+STRIP, STRIP_CHANNELS = 128, 32
+"""Rows that a decode in strips keeps of each, and channels that its norms have in float32 at a time."""
 SCHEDULE_STEPS = 50
 """Steps whose modulations are counted: the longest recipe's."""
 
@@ -24,7 +27,8 @@ class ModelSizes:
     """Numbers of parameters, and the widths that decide what a stage needs beside them.
 
     `text_layers` and `blocks` count the parameters of each layer that can be moved on its own, in the order in which
-    they run: `blocks` are the noise refiners and the main layers, `context_blocks` run once per prompt.
+    they run: `blocks` are the noise refiners and the main layers without their modulations, which are needed for all
+    steps at once and count among `transformer_rest`; `context_blocks` run once per prompt.
     """
 
     text_layers: tuple[int, ...]
@@ -37,8 +41,10 @@ class ModelSizes:
     text_width: int
     text_intermediate: int
     dim: int
-    vae_channels: tuple[int, int]
-    """Channels of the decoder's last two levels, the finest first."""
+    vae_channels: tuple[int, ...]
+    """Channels of the decoder's levels, the finest first."""
+    vae_residuals: int
+    """Residual blocks of each level."""
     native_side: int = 1024
     """Pixels per side of the pictures that it was trained on."""
 
@@ -54,14 +60,15 @@ class ModelSizes:
 RELEASED = ModelSizes(
     text_layers=(100_930_816,) * 35,
     text_rest=388_956_160,
-    blocks=(180_910_336,) * 32,
+    blocks=(176_962_816,) * 32,
     context_blocks=(176_962_816,) * 2,
-    transformer_rest=11_852_352,
+    transformer_rest=138_172_992,
     vae=83_819_683,
     text_width=2560,
     text_intermediate=9728,
     dim=3840,
-    vae_channels=(128, 256),
+    vae_channels=(128, 256, 512, 512),
+    vae_residuals=3,
 )
 """Both released models: the text encoder without its last layer, which nobody reads."""
 
@@ -103,16 +110,31 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
     return (image + caption) * sizes.dim * per_channel + kept + latents
 
 
-def decode_activations(sizes: ModelSizes, work: Work, tile: int | None = None) -> int:
-    """Bytes beside the weights while a picture is decoded, whole or in tiles of `tile` pixels per side.
+def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:
+    """Bytes beside the weights while a picture is decoded, its last `strip_levels` resolutions in strips.
 
-    The peak is the first residual of the finest level: its input, which has the channels of the level before, and
-    three tensors of its own.
+    The peak of a level is its first residual: the input, which has the channels of the level before, and three tensors
+    of its own; in strips one more, or in a norm some channels in float32.
     """
-    finest, before = sizes.vae_channels
-    height, width = (side if tile is None else min(side, tile) for side in (work.height, work.width))
-    canvas = 0 if tile is None else 2 * 3 * work.height * work.width
-    return ((before + 3 * finest) * height * width + canvas) * work.itemsize
+    pixels, channels = work.height * work.width, (*sizes.vae_channels, sizes.vae_channels[-1])
+    before, own = channels[strip_levels + 1], channels[strip_levels]
+    whole = (before + 3 * own) * pixels // 4**strip_levels * work.itemsize
+    if not strip_levels:
+        return whole
+    rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals, strip_levels))
+    wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, channels[0])  # a copy only if it is narrow
+    convolution = (channels[1] + 4 * channels[0]) * work.itemsize
+    norm = (channels[1] + 2 * channels[0]) * work.itemsize + wide
+    strip = max(convolution, norm) * rows * work.width
+    source = (own * pixels // 4**strip_levels + 3 * pixels) * work.itemsize
+    return max(whole, source + strip)
+
+
+def overlap(residuals: int, levels: int) -> int:
+    """Rows of the coarsest whole level by which strips of the `levels` after it must overlap: how far the convolutions
+    reach, that of each upsampler, two of each residual and the last."""
+    reach = sum((1 + 2 * residuals) / 2**level for level in range(1, levels + 1))
+    return math.ceil(reach + 1 / 2**levels)
 
 
 def _filled(tokens: int) -> int:

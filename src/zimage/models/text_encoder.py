@@ -41,9 +41,12 @@ class Tokens:
 class TextEncoder:
     """Owns the language model, its tokenizer and the cache of features."""
 
-    def __init__(self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`model` as `without_last_layer` returns it."""
+    def __init__(
+        self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase, device: torch.device | None = None
+    ) -> None:
+        """`model` as `without_last_layer` returns it; `device` is where its layers compute, if not where it is."""
         self.model = model
+        self.device = device
         self.tokenizer = tokenizer
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._guard = threading.Lock()
@@ -81,7 +84,10 @@ class TextEncoder:
 
     def _hidden_states(self, ids: tuple[int, ...]) -> Tensor:
         batch = torch.tensor([ids], device=self.model.device)  # (1, tokens)
-        return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]
+        if self.device is None:
+            return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]
+        embedded = self.model.embed_tokens(batch).to(self.device)
+        return self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
 
 
 def without_last_layer(model: Any) -> Qwen3Model:

@@ -9,6 +9,7 @@ called as a module, so adapters and quantised layers take effect. Knows nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import activate, normalize
 from .precision import overflow_scale, residual_dtype
@@ -76,6 +77,8 @@ class ZImageTransformer(ZImageTransformer2DModel):
 
     attend: Callable[..., Tensor] = staticmethod(dispatch_attention_fn)
     """Attention of queries, keys and values (B, N, heads, head_dim); an instance may have its own."""
+    hold: Callable[[nn.Module], AbstractContextManager[None]] = staticmethod(lambda block: nullcontext())
+    """Within it a block has its weights on the device; an instance whose blocks come and go has its own."""
 
     @classmethod
     def share(cls, transformer: ZImageTransformer2DModel) -> ZImageTransformer:
@@ -113,7 +116,8 @@ class ZImageTransformer(ZImageTransformer2DModel):
         tokens = tokens.to(residual_dtype(self.compute_dtype))
         rotations = self._caption_rotations(padded, tokens.device)[None]
         for block in self.context_refiner:
-            tokens = self._run_block(block, tokens, rotations, None)
+            with self.hold(block):
+                tokens = self._run_block(block, tokens, rotations, None)
         return Caption(tokens)
 
     def grid(self, latent_height: int, latent_width: int, caption_length: int) -> ImageGrid:
@@ -169,7 +173,8 @@ class ZImageTransformer(ZImageTransformer2DModel):
         tokens = tokens.to(residual_dtype(self.compute_dtype))
         rotations = grid.rotations[:, : grid.padded]
         for block, block_modulation in zip(self.noise_refiner, modulation.blocks, strict=False):
-            tokens = self._run_block(block, tokens, rotations, block_modulation)
+            with self.hold(block):
+                tokens = self._run_block(block, tokens, rotations, block_modulation)
         return tokens
 
     def denoise(
@@ -184,7 +189,8 @@ class ZImageTransformer(ZImageTransformer2DModel):
         words = caption.tokens.expand(len(image), -1, -1)
         tokens = torch.cat([image, words], dim=1)  # (B, padded + caption length, dim)
         for block, block_modulation in zip(self.layers, modulation.blocks[len(self.noise_refiner) :], strict=True):
-            tokens = self._run_block(block, tokens, grid.rotations, block_modulation)
+            with self.hold(block):
+                tokens = self._run_block(block, tokens, grid.rotations, block_modulation)
         final = self.all_final_layer[_PATCH_KEY]
         patches = final.norm_final(tokens[:, : grid.tokens]) * modulation.final
         patches = final.linear(patches.to(self.compute_dtype))  # (B, tokens, PATCH * PATCH * C)

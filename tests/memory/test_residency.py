@@ -1,0 +1,158 @@
+"""Plans carried out: the same bits wherever the weights wait, and no more memory than was planned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
+from zimage.memory.meter import AllocationMeter
+from zimage.memory.plan import Plan
+from zimage.testing import build_checkpoint
+
+PICTURE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 3, "seed": 4, "progress": False}
+GUIDED = {
+    **PICTURE,
+    "guidance_scale": 3.0,
+    "negative_prompt": "blue and much longer than the other one, so that it pads",
+}
+STREAMED = {
+    "text from files": {"text_encoder": "streamed", "text_source": "files"},
+    "text from memory": {"text_encoder": "streamed"},
+    "text on the CPU": {"text_encoder": "cpu"},
+    "half of the blocks": {"resident_blocks": 2},
+    "all blocks from files": {"resident_blocks": 0, "context_resident": False, "block_source": "files"},
+    "everything": {"text_encoder": "streamed", "resident_blocks": 0, "context_resident": False},
+    "three slots": {"text_encoder": "streamed", "resident_blocks": 0, "context_resident": False, "slots": 3},
+    "one slot": {"text_encoder": "streamed", "resident_blocks": 1, "slots": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("base") / "model", variant="base")
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> ZImagePipeline:
+    return load(folder)
+
+
+def load(folder: Path, memory: Any = "auto", dtype: str = "bfloat16") -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory)
+
+
+def planned(pipe: ZImagePipeline, **changes: Any) -> Plan:
+    assert pipe.plan is not None
+    return replace(pipe.plan, placement=replace(pipe.plan.placement, **{"slots": 2, **changes}))
+
+
+def pixels(pipe: ZImagePipeline, **options: Any) -> bytes:
+    return bytes(pipe("a fox", **options).images[0].tobytes())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("changes", STREAMED.values(), ids=list(STREAMED))
+def test_the_same_bits_wherever_the_weights_wait(
+    folder: Path, resident: ZImagePipeline, changes: dict[str, Any]
+) -> None:
+    pipe = load(folder, planned(resident, **changes))
+    for options in (PICTURE | {"guidance_scale": 0.0}, GUIDED, PICTURE | {"guidance_scale": 0.0}):
+        assert pixels(pipe, **options) == pixels(resident, **options)
+
+
+def test_what_is_streamed_from_files_takes_no_memory(folder: Path, resident: ZImagePipeline) -> None:
+    pipe = load(folder, planned(resident, text_encoder="streamed", text_source="files"))
+    layers = pipe.text_encoder.model.layers
+    pixels(pipe, **PICTURE)
+    assert all(parameter.is_meta for parameter in layers.parameters())
+    assert not pipe.text_encoder.model.embed_tokens.weight.is_meta
+    assert not any(parameter.is_meta for parameter in pipe.transformer.parameters())
+
+
+def test_a_budget_chooses_the_placement(folder: Path, resident: ZImagePipeline, small_folder: Path) -> None:
+    assert resident.plan is not None
+    assert resident.plan.placement.text_encoder == "resident"
+    pipe = load(small_folder, dtype="float32")
+    assert pipe.plan is not None
+    need = max(stage.device for stage in pipe.plan.stages)
+    tight = load(small_folder, int((need - 20 * 2**20) / 0.9), dtype="float32")
+    assert tight.plan is not None
+    assert (tight.plan.placement.text_encoder, tight.plan.placement.text_source) == ("streamed", "files")
+    assert "text encoder resident" in str(tight.plan.rejected[0].placement)
+    with pytest.raises(NotEnoughMemory, match="does not fit"):
+        load(small_folder, "200MB", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("small") / "model", size="small")
+
+
+def test_the_predicted_peaks_are_the_measured_ones(small_folder: Path) -> None:
+    """On a simulated device: everything that operations make and the weights, within a tenth."""
+    pipe = load(small_folder, dtype="bfloat16")
+    for changes in ({}, {"text_encoder": "streamed", "resident_blocks": 3, "context_resident": False}):
+        plan = planned(pipe, slots=2 if changes else 0, **changes)
+        work = replace(plan.work, height=512, width=512, tokens=32)
+        streamed = load(small_folder, replace(plan, work=work), dtype="bfloat16")
+        assert streamed.plan is not None
+        predicted = {stage.name: stage.device for stage in streamed.plan.stages}
+        assert measured(streamed) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
+def measured(pipe: ZImagePipeline) -> int:
+    """The peak of a picture of 512², the streamed layers' bytes on the host left out."""
+    hosted = {id(layer.module) for layer in (() if pipe._residency is None else pipe._residency._ring._layers.values())}
+    models = (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
+    away = {
+        id(parameter)
+        for model in models
+        for module in model.modules()
+        if id(module) in hosted
+        for name, parameter in module.named_parameters()
+        if "adaLN" not in name
+    }
+    meter = AllocationMeter()
+    meter.adopt(parameter for model in models for parameter in model.parameters() if id(parameter) not in away)
+    if pipe._residency is not None:
+        meter.adopt(place.buffer for place in pipe._residency._ring._places)
+    with meter:
+        pixels(pipe, height=512, width=512, num_inference_steps=2, seed=1, progress=False)
+    return meter.peak
+
+
+def test_a_file_that_was_changed_is_refused(folder: Path, resident: ZImagePipeline, tmp_path: Path) -> None:
+    copy = build_checkpoint(tmp_path / "model", variant="base")
+    pipe = load(copy, planned(resident, text_encoder="streamed", text_source="files"))
+    file = copy / "text_encoder" / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"model.safetensors has changed since the model was loaded"):
+        pixels(pipe, **PICTURE)
+
+
+def test_what_a_streaming_pipeline_cannot_do_is_said(folder: Path, resident: ZImagePipeline, tmp_path: Path) -> None:
+    pipe = load(folder, planned(resident, resident_blocks=1))
+    refusals: list[Callable[[], Any]] = [
+        lambda: pipe.to(torch.float32),
+        lambda: pipe.to("meta"),
+        pipe.to_diffusers,
+    ]
+    for refused in refusals:
+        with pytest.raises(RequestError, match="parts of this pipeline pass through the device"):
+            refused()
+    assert pipe.to("cpu") is pipe
+
+
+def test_a_plan_of_another_model_is_refused(resident: ZImagePipeline, small_folder: Path) -> None:
+    with pytest.raises(RequestError, match="the plan is for a model of 4 blocks and this one has 12"):
+        load(small_folder, resident.plan)
+
+
+def test_parts_handed_in_have_no_plan(resident: ZImagePipeline) -> None:
+    assert ZImagePipeline.from_diffusers(resident.to_diffusers()).plan is None
