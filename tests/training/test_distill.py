@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def test_the_lesson_is_where_the_guided_teacher_goes(data: Path, size: ModelSize
     levels = shifted_sigmas(8, 3.0)
     for place in (0, 7):
         index = torch.full((4,), place)
-        lesson = Lesson.of(painter, None, batch, index, empty, STAGE, CPU)
+        lesson = Lesson.of(painter, batch, index, empty, STAGE, CPU)
         latents = (1 - levels[place]) * batch.latents + levels[place] * batch.noise
         torch.testing.assert_close(lesson.noisy, latents)
         middle = (levels[place] + levels[place + 1]) / 2
@@ -88,31 +87,6 @@ def test_the_loss_is_zero_where_one_step_ends_where_the_teacher_does(data: Path,
     tokenizer = load_tokenizer(data / "tokenizer")
     stage = replace(STAGE, guidance_scale=0.0, teacher_steps=1)
     batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(2)
-    lesson = Lesson.of(
-        painter, None, batch, torch.tensor([0, 3, 5, 7]), batch_of(tokens_of(tokenizer, [""])), stage, CPU
-    )
+    lesson = Lesson.of(painter, batch, torch.tensor([0, 3, 5, 7]), batch_of(tokens_of(tokenizer, [""])), stage, CPU)
     assert lesson.target.std() > 0.1
     assert lesson_loss(painter.transformer, lesson, CPU) < 1e-4
-
-
-def test_a_student_that_leads_is_taught_where_its_own_steps_end(data: Path, size: ModelSize) -> None:
-    torch.manual_seed(0)
-    painter = Painter(size).requires_grad_(False)
-    student = copy.deepcopy(painter.transformer)
-    for model in (painter.transformer, student):
-        nn.init.normal_(model.all_final_layer["2-1"].linear.weight, std=0.2)
-    tokenizer = load_tokenizer(data / "tokenizer")
-    empty = batch_of(tokens_of(tokenizer, [""]))
-    batch = Batches(STAGE, tokenizer, load_latents(data, 0), 0).of(3)
-    levels = shifted_sigmas(8, 3.0)
-    for place in (0, 1, 5):
-        lesson = Lesson.of(painter, student, batch, torch.tensor([place, 7, 7, 7]), empty, STAGE, CPU)
-        assert torch.equal(lesson.sigmas, levels[place].expand(4))
-        latents = batch.noise
-        for step in range(place):
-            with torch.no_grad(), half_precision(CPU):
-                velocity = predict(
-                    student, lesson.features, lesson.lengths, latents, (1 - levels[step : step + 1]).expand(4)
-                )
-            latents = latents + (levels[step + 1] - levels[step]) * velocity
-        torch.testing.assert_close(lesson.noisy, latents)

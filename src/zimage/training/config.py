@@ -131,8 +131,6 @@ class DistillationStage(FlowStage):
     """The teacher's, as the base model's recipe has it."""
     teacher_steps: int = 2
     """Steps that the teacher takes from one of the student's levels to the next."""
-    led: float = 0.5
-    """Share of the steps that start where the student's own steps led, not at a scene with noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,13 @@
 
 Progressive distillation in one go (arXiv 2202.00512) of a guided teacher (arXiv 2210.03142): from a scene's latents
 with noise at one of the student's eight levels, the teacher takes several guided steps of Euler to the next level, and
-the student learns the velocity whose single step ends there. In a share of the steps it starts where the student's
-own steps led from pure noise instead: that is where it will stand when it draws, and there it learns to make good what
-it did wrong before (arXiv 1011.0686). The text encoder stays as it is.
+the student learns the velocity whose single step ends there. The text encoder stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +56,8 @@ def train_turbo(
     state = TrainingState.start(student, stage)
 
     def losses(step: int) -> Losses:
-        generator = step_generator(seed, step, "levels")
-        index = torch.randint(TURBO.num_inference_steps, (stage.batch,), generator=generator)
-        leads = bool(torch.rand((), generator=generator) < stage.led)
-        lesson = Lesson.of(painter, student if leads else None, batches.of(step), index, empty, stage, device)
+        index = torch.randint(TURBO.num_inference_steps, (stage.batch,), generator=step_generator(seed, step, "levels"))
+        lesson = Lesson.of(painter, batches.of(step), index, empty, stage, device)
         return {"loss": lesson_loss(student, lesson, device)}
 
     run(state, losses, stage, folder=folder, seed=seed, resume=resume, until=until, progress=progress)
@@ -83,22 +78,16 @@ class Lesson:
     def of(
         cls,
         painter: Painter,
-        leader: Any | None,
         batch: Batch,
         index: Tensor,
         empty: tuple[Tensor, list[int]],
         stage: DistillationStage,
         device: torch.device,
     ) -> Lesson:
-        """What the teacher does from level `index` (B,) of the student's schedule to the next.
-
-        It begins at the scenes' latents with noise; where there is a `leader`, at what that makes of the noise on its
-        way to the first of the levels, which is then everyone's.
-        """
+        """What the teacher does from level `index` (B,) of the student's schedule to the next."""
         levels = shifted_sigmas(TURBO.num_inference_steps, TURBO.shift)
-        if leader is not None:
-            index = index[:1].expand(len(index))
         start, end = levels[index].to(device), levels[index + 1].to(device)
+        noisy = _mixed(batch.latents.to(device), batch.noise.to(device), start)
         count, padded = batch.ids.shape
         nothing = empty[0].new_zeros(1, padded)
         nothing[:, : empty[0].shape[1]] = empty[0]
@@ -107,14 +96,6 @@ class Lesson:
         with half_precision(device):
             encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
         features = torch.cat([encoded[:count], encoded[count:].expand(count, -1, -1)])
-        if leader is None:
-            noisy = torch.lerp(batch.latents.to(device), batch.noise.to(device), start[:, None, None, None])
-        else:
-            noisy = batch.noise.to(device)
-            for sigma, after in pairwise(levels[: int(index[0]) + 1].tolist()):
-                times = torch.full((count,), 1.0 - sigma, device=device)
-                with half_precision(device):
-                    noisy = noisy + (after - sigma) * predict(leader, features[:count], batch.lengths, noisy, times)
         latents = noisy
         for step in range(stage.teacher_steps):
             sigmas = torch.lerp(start, end, step / stage.teacher_steps)
@@ -134,3 +115,7 @@ def lesson_loss(student: Any, lesson: Lesson, device: torch.device) -> Tensor:
     with half_precision(device):
         velocity = predict(student, lesson.features, lesson.lengths, lesson.noisy, 1.0 - lesson.sigmas)
     return (velocity - lesson.target).square().mean()
+
+
+def _mixed(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    return torch.lerp(latents, noise, sigmas[:, None, None, None])
