@@ -23,7 +23,7 @@ from .checkpoint.locate import locate
 from .checkpoint.save import save_components
 from .errors import RequestError
 from .memory.budget import find_budget
-from .memory.plan import Plan, fit_picture, follow, plan_model
+from .memory.plan import Plan, fit_picture, follow, parse_memory, plan_model
 from .memory.residency import Residency
 from .memory.sizes import ModelSizes
 from .models.autoencoder import Autoencoder
@@ -100,6 +100,8 @@ class Parts:
         """
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are both given; they are one setting, leave torch_dtype out")
+        if not isinstance(memory, Plan):
+            parse_memory(memory)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from zimage import ZImagePipeline, read_recipe
 from zimage.cli.running import cancel_on_interrupt, evaluations
@@ -33,6 +33,33 @@ def test_a_picture_is_what_the_library_makes(zimage: Callable[..., Any], turbo: 
     expected = pipe("a fox", seed=7, height=256, width=256, num_inference_steps=2, progress=False).images[0]
     assert pixel_digest(Image.open("zimage-7.png")) == pixel_digest(expected)
     assert read_recipe("zimage-7.png") == expected.recipe
+
+
+def test_memory_makes_a_plan_that_is_told(zimage: Callable[..., Any], turbo: str) -> None:
+    ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", *SMALL, "--memory", "20MB")
+    assert (ended.code, ended.out) == (0, "zimage-7.png\n")
+    placement = "text encoder resident, transformer resident, decode with 1 level in strips"
+    assert ended.err == f"zimage: turbo, 2 steps, guidance 0, 256x256, seed 7, float32 on cpu, {placement}\n"
+    pipe = ZImagePipeline.from_pretrained(turbo, dtype="float32", device="cpu")
+    whole = pipe("a fox", seed=7, height=256, width=256, num_inference_steps=2, progress=False).images[0]
+    difference = ImageChops.difference(Image.open("zimage-7.png"), whole)
+    assert max(most for _, most in difference.getextrema()) <= 1
+    ended = zimage("replay", "zimage-7.png", "-m", turbo, "--memory", "20MB", "--quiet")
+    assert ended.code == 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "said"),
+    [
+        ("much", 2, "memory must be 'auto' or an amount"),
+        ("10MB", 1, "1024x1024 does not fit, nor does a smaller picture"),
+    ],
+)
+def test_memory_that_cannot_be(zimage: Callable[..., Any], turbo: str, memory: str, code: int, said: str) -> None:
+    ended = zimage("generate", "a fox", "-m", turbo, *SMALL, "--memory", memory)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
 
 
 def test_every_option_arrives(zimage: Callable[..., Any], base: str) -> None:

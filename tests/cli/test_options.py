@@ -39,7 +39,7 @@ def test_options_are_the_requests_fields_and_the_loaders_arguments() -> None:
     loading = set(inspect.signature(ZImagePipeline.from_pretrained).parameters)
     assert request <= options
     assert options - request - OF_THE_COMMAND <= loading
-    assert {"dtype", "device", "variant", "revision", "cache_dir", "local_files_only"} <= options
+    assert {"dtype", "device", "memory", "variant", "revision", "cache_dir", "local_files_only"} <= options
 
 
 def test_every_option_has_its_python_name_and_no_default() -> None:

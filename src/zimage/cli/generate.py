@@ -24,6 +24,7 @@ from .options import (
     Force,
     Json,
     LocalFilesOnly,
+    Memory,
     Quiet,
     check_request,
     choose_model,
@@ -63,6 +64,7 @@ def generate(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    memory: Memory = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
     cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
@@ -100,7 +102,7 @@ def generate(
 
     from .. import ZImagePipeline
 
-    place = _given(variant=variant, dtype=dtype, device=device, revision=revision, cache_dir=cache_dir)
+    place = _given(variant=variant, dtype=dtype, device=device, memory=memory, revision=revision, cache_dir=cache_dir)
     offline = local_files_only or choice.is_there
     pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
     resolved = [pipe.resolve(request) for request in requests]

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import Cancelled, CheckpointError, RequestError
 from ..variants import VARIANTS
-from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Quiet
+from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Memory, Quiet
 from .running import announce, cancel_on_interrupt, print_json, shows_progress
 from .targets import plan_targets, save_picture
 
@@ -31,6 +31,7 @@ def replay(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this file too.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Use this model, not the one recorded.")] = None,
     device: Device = None,
+    memory: Memory = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -51,7 +52,7 @@ def replay(
         output = output / file.name
     if output is not None:
         plan_targets(output, 1, overwrite=force)
-    pipe = _load(recipe, model, device, cache_dir=cache_dir, local_files_only=local_files_only)
+    pipe = _load(recipe, model, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(recipe.request)
     start = perf_counter()
     with cancel_on_interrupt() as cancel:
@@ -76,7 +77,13 @@ def replay(
 
 
 def _load(
-    recipe: Recipe, model: str | None, device: str | None, *, cache_dir: Path | None, local_files_only: bool
+    recipe: Recipe,
+    model: str | None,
+    device: str | None,
+    *,
+    memory: str,
+    cache_dir: Path | None,
+    local_files_only: bool,
 ) -> ZImagePipeline:
     """The model that the recipe was made with, or `model`, placed as it was then as far as this machine can."""
     source = model or recipe.model["source"]
@@ -98,6 +105,7 @@ def _load(
             variant=recipe.request.variant,
             dtype=dtype if dtype in _DTYPES else None,
             device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),
+            memory=memory,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only or not trusted,

@@ -60,6 +60,8 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}",
     ]
+    if pipe.plan is not None and pipe.plan.rejected:
+        parts.append(str(pipe.plan.placement))
     print(f"zimage: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
