@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage import NotEnoughMemory, RequestError
-from zimage.memory.plan import LEAST_MARGIN, Budget, Plan, fit_picture, make_plan, parse_memory, plan_model, predict
+from zimage.memory.plan import (
+    LEAST_MARGIN,
+    Budget,
+    Placement,
+    Plan,
+    fit_picture,
+    make_plan,
+    parse_memory,
+    plan_model,
+    predict,
+)
 from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
 
 GIB = 2**30
@@ -209,3 +219,17 @@ def test_a_picture_takes_as_few_strips_as_it_needs() -> None:
         fit_picture(plan, 2048, 2048, 128)
     free = replace(plan, budget=replace(plan.budget, name="auto"))
     assert fit_picture(free, 2048, 2048, 128).placement.strip_levels == 2
+
+
+def test_streamed_blocks_are_spread_evenly() -> None:
+    spread = Placement(text_encoder="resident", resident_blocks=5, blocks=8, context_resident=True, slots=2)
+    assert spread.streamed == (2, 5, 7)
+    assert replace(spread, resident_blocks=8).streamed == ()
+    assert replace(spread, resident_blocks=0).streamed == tuple(range(8))
+
+
+def test_where_the_device_is_the_host_it_keeps_the_embedding() -> None:
+    work, sizes = Work(height=256, width=256, tokens=128), RELEASED
+    plan = make_plan(sizes, work, Budget(device=15 * GIB, host=None))
+    weights = sizes.transformer + sizes.vae + sizes.text_rest + 2 * sizes.text_layers[0]
+    assert plan.stages[0].device == 2 * weights + text_activations(sizes, work)

@@ -13,7 +13,7 @@ import torch
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
 from zimage.memory.meter import AllocationMeter
-from zimage.memory.plan import Plan
+from zimage.memory.plan import Plan, fit_picture
 from zimage.testing import build_checkpoint
 
 PICTURE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 3, "seed": 4, "progress": False}
@@ -156,3 +156,51 @@ def test_a_plan_of_another_model_is_refused(resident: ZImagePipeline, small_fold
 
 def test_parts_handed_in_have_no_plan(resident: ZImagePipeline) -> None:
     assert ZImagePipeline.from_diffusers(resident.to_diffusers()).plan is None
+
+
+def test_an_error_in_a_streamed_layer_leaves_it_as_it_was(folder: Path, resident: ZImagePipeline) -> None:
+    pipe = load(folder, planned(resident, text_encoder="streamed", text_source="files"))
+    layer = pipe.text_encoder.model.layers[1].mlp
+
+    def fail(*_: Any) -> None:
+        raise KeyError("once")
+
+    hook = layer.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="once"):
+        pixels(pipe, **PICTURE)
+    hook.remove()
+    assert all(parameter.is_meta for parameter in pipe.text_encoder.model.layers.parameters())
+    assert pixels(pipe, **PICTURE) == pixels(resident, **PICTURE)
+
+
+def test_a_picture_that_does_not_fit_is_refused_before_it_is_begun(folder: Path, resident: ZImagePipeline) -> None:
+    plan = planned(resident)
+    pipe = load(folder, replace(plan, budget=replace(plan.budget, device=30 * 2**20, name="30MB")))
+    pipe.text_encoder.model.register_forward_pre_hook(lambda *_: pytest.fail("something was computed"))
+    for refused in (lambda: pipe("a fox", **PICTURE | {"height": 1024, "width": 1024}), lambda: pipe.stream("a fox")):
+        with pytest.raises(NotEnoughMemory, match="1024x1024 does not fit in 30MB: "):
+            refused()
+
+
+def test_a_picture_decodes_in_as_many_strips_as_it_needs(
+    folder: Path, resident: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(resident, slots=0)
+    need = next(stage.device for stage in fit_picture(plan, 512, 256, 512).stages if stage.name == "decoding")
+    tight = load(folder, replace(plan, budget=replace(plan.budget, device=need - 2**20, name="tight")))
+    levels = []
+    decode = tight.autoencoder.decode
+
+    def watched(latents: torch.Tensor, strip_levels: int) -> torch.Tensor:
+        levels.append(strip_levels)
+        return decode(latents, strip_levels)
+
+    monkeypatch.setattr(tight.autoencoder, "decode", watched)
+    for height in (512, 256):
+        pixels(tight, **PICTURE | {"height": height})
+    assert levels == [1, 0]
+
+
+def test_an_amount_is_checked_before_anything_is_fetched() -> None:
+    with pytest.raises(RequestError, match="memory must be 'auto' or an amount like '16GB' or '12GiB', got 'much'"):
+        ZImagePipeline.from_pretrained("nobody/nothing", memory="much", local_files_only=True)

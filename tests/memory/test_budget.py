@@ -1,0 +1,54 @@
+"""What this machine has: of a card what is free and ours already, of the host what a container allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from zimage import RequestError
+from zimage.memory import budget
+from zimage.memory.plan import Budget
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """20 GiB of free host memory, no container; a card of 16 GiB, of which 9 are free and 1 is reserved by torch."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(budget, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_a_card(machine: Path) -> None:
+    card = torch.device("cuda")
+    assert budget.find_budget("auto", card) == Budget(device=9 * GIB, host=20 * GIB, name="auto")
+    assert budget.find_budget("8GiB", card) == Budget(device=7 * GIB, host=20 * GIB, name="8GiB")
+    assert budget.find_budget("12GiB", card).device == 9 * GIB
+
+
+def test_a_device_that_is_the_host(machine: Path) -> None:
+    assert budget.find_budget("auto", torch.device("cpu")) == Budget(device=18 * GIB, host=None, name="auto")
+    assert budget.find_budget("10GiB", torch.device("cpu")).device == 9 * GIB
+    assert budget.find_budget("30GiB", torch.device("cpu")).device == 18 * GIB
+
+
+def test_a_container_has_less(machine: Path) -> None:
+    (machine / "memory.max").write_text("max\n")
+    (machine / "memory.current").write_text(f"{GIB}\n")
+    assert budget.free_host_memory() == 20 * GIB
+    (machine / "memory.max").write_text(f"{4 * GIB}\n")
+    assert budget.free_host_memory() == 3 * GIB
+    (machine / "memory.max").write_text(f"{GIB // 2}\n")
+    assert budget.free_host_memory() == 0
+
+
+def test_what_is_no_amount(machine: Path) -> None:
+    with pytest.raises(RequestError, match="memory must be 'auto' or an amount"):
+        budget.find_budget("much", torch.device("cpu"))
