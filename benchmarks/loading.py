@@ -3,7 +3,8 @@
 The promise is a peak of at most the weights in the target type and 1 GiB, over what the imports take. `--size real` is
 the released models' size: 33 GB on disk and 19.1 GiB in memory; with --picture a 256² picture is made as well.
 
-    python benchmarks/loading.py [--size small|wide|real] [--folder EXISTING] [--picture] [--output FOLDER]
+    python benchmarks/loading.py [--size small|wide|real] [--folder EXISTING] [--memory 15GiB] [--picture]
+        [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from pathlib import Path
 from zimage import ZImagePipeline
 def peak():  # GiB; not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-folder, dtype, picture = sys.argv[1:]
+folder, dtype, picture, memory = sys.argv[1:]
 imports, start = peak(), time.perf_counter()
-pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, device="cpu")
+pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, device="cpu", memory=memory)
 seconds, loaded = time.perf_counter() - start, peak()
 modules = (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
-weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters()) / 2**30
+weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.is_meta) / 2**30
 report = dict(imports_gib=imports, peak_gib=loaded, weights_gib=weights)
 report.update(over_gib=loaded - imports - weights, load_s=seconds)
 if picture == "True":
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--memory", default="auto", help="what a plan may use, as for from_pretrained")
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
         folder = arguments.folder or Path(scratch) / "model"
         if not folder.exists():
             build_checkpoint(folder, size=arguments.size, variant="turbo", transformer_dtype="float32")
-        command = [sys.executable, "-c", CHILD, str(folder), arguments.dtype, str(arguments.picture)]
+        command = [sys.executable, "-c", CHILD, str(folder), arguments.dtype, str(arguments.picture), arguments.memory]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures = json.loads(done.stdout)
     print(json.dumps(figures, indent=2))
@@ -63,7 +65,13 @@ def main() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         path = arguments.output / f"loading-{arguments.size}-{date.today().isoformat()}.json"
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-        report = {"machine": machine, "size": arguments.size, "dtype": arguments.dtype, **figures}
+        report = {
+            "machine": machine,
+            "size": arguments.size,
+            "dtype": arguments.dtype,
+            "memory": arguments.memory,
+            **figures,
+        }
         path.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {path}")
 
