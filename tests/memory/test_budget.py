@@ -28,8 +28,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_card(machine: Path) -> None:
     card = torch.device("cuda")
-    assert budget.find_budget("auto", card) == Budget(device=9 * GIB, host=20 * GIB, name="auto")
-    assert budget.find_budget("8GiB", card) == Budget(device=7 * GIB, host=20 * GIB, name="8GiB")
+    assert budget.find_budget("auto", card) == Budget(device=9 * GIB, host=18 * GIB, name="auto")
+    assert budget.find_budget("8GiB", card) == Budget(device=7 * GIB, host=18 * GIB, name="8GiB")
     assert budget.find_budget("12GiB", card).device == 9 * GIB
 
 

@@ -41,8 +41,9 @@ class Budget:
 
     @classmethod
     def of_card(cls, total: int, host: int | None, name: str = "") -> Budget:
-        """What is left of a card's `total` bytes after the margin."""
-        return cls(device=max(0, total - max(math.ceil(MARGIN * total), LEAST_MARGIN)), host=host, name=name)
+        """What is left of a card's `total` bytes after the margin, and of the `host`'s."""
+        device = max(0, total - max(math.ceil(MARGIN * total), LEAST_MARGIN))
+        return cls(device=device, host=None if host is None else host - math.ceil(MARGIN * host), name=name)
 
     @classmethod
     def of_host(cls, total: int, name: str = "") -> Budget:
