@@ -49,7 +49,9 @@ def load(folder: Path, memory: Any = "auto", dtype: str = "bfloat16") -> ZImageP
 
 
 def planned(pipe: ZImagePipeline, **changes: Any) -> Plan:
+    """The plan with other places; what is streamed comes from memory if nothing else is said."""
     assert pipe.plan is not None
+    assert (pipe.plan.placement.text_source, pipe.plan.placement.block_source) == ("memory", "memory")
     return replace(pipe.plan, placement=replace(pipe.plan.placement, **{"slots": 2, **changes}))
 
 

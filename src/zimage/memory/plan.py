@@ -310,10 +310,12 @@ def _with_source(sizes: ModelSizes, work: Work, budget: Budget, placement: Place
     Blocks come first: they are needed in every step, the text encoder once for each new prompt.
     """
     sources = [("memory", "memory"), ("files", "memory"), ("files", "files")]
-    if budget.host is None:
+    if not placement.slots and placement.text_encoder != "cpu":
+        sources = sources[:1]
+    elif budget.host is None:
         sources = sources[-1:]
     reason = ""
-    for text, blocks in sources if placement.slots or placement.text_encoder == "cpu" else sources[:1]:
+    for text, blocks in sources:
         placement = replace(placement, text_source=text, block_source=blocks)
         reason = _reason(predict(sizes, work, budget, placement), budget)
         if not reason:
