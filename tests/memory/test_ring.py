@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zimage.memory.copiers import HostCopier
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.ring import ALIGNMENT, Layer, Ring, layout
+from zimage.models.precision import Float32Math
 
 
 class LateCopier:
@@ -180,3 +181,16 @@ def test_other_modules_pass() -> None:
     ring = Ring(layers[:1], 2, torch.device("cpu"), LateCopier())
     with ring.hold(modules[1]):
         assert float(modules[1].bias[0]) == 101  # type: ignore[index, arg-type]
+
+
+def test_a_second_try_in_float32_sees_views_and_no_copies() -> None:
+    module = nn.Linear(3, 5, dtype=torch.bfloat16).requires_grad_(False)
+    fields, size = layout(module)
+    ring = Ring(
+        [Layer(module, fields, size, torch.zeros(size, dtype=torch.uint8))], 1, torch.device("cpu"), LateCopier()
+    )
+    with Float32Math(), ring.hold(module):
+        weight = module._parameters["weight"]
+        assert weight is not None
+        assert weight.dtype == torch.bfloat16
+        assert weight.data_ptr() == ring._places[0].buffer.data_ptr()

@@ -87,9 +87,10 @@ def layout(module: nn.Module) -> tuple[tuple[Field, ...], int]:
 
 
 def bind(fields: Sequence[Field], buffer: Tensor) -> None:
-    """Let the parameters be views of `buffer`."""
-    for one in fields:
-        one.owner._parameters[one.name] = nn.Parameter(one.view(buffer), requires_grad=False)
+    """Let the parameters be views of `buffer`, whatever a second try in float32 does to operations around."""
+    with torch._C.DisableTorchFunction():
+        for one in fields:
+            one.owner._parameters[one.name] = nn.Parameter(one.view(buffer), requires_grad=False)
 
 
 class Ring:
