@@ -17,7 +17,7 @@ from zimage.denoiser import KEPT, Conditioning, Preparation, denoising_steps, ma
 from zimage.models.transformer import ZImageTransformer
 from zimage.request import ResolvedRequest
 from zimage.sampling.guidance import guide
-from zimage.sampling.samplers import SAMPLERS, SamplerStep
+from zimage.sampling.samplers import SAMPLERS, SamplerStep, sample
 from zimage.sampling.schedule import model_timesteps, shifted_sigmas
 
 SIZE: dict[str, Any] = {"height": 64, "width": 48, "any_size": True}
@@ -166,7 +166,7 @@ def test_what_pictures_share_does_not_mix_them(base: ZImagePipeline) -> None:
 def test_steps_are_the_samplers(base: ZImagePipeline, sampler: str) -> None:
     request = resolve(base, sampler=sampler)
     velocity = make_velocity(Preparation(base.transformer), request, PLAIN)
-    expected = list(SAMPLERS[sampler](velocity, LATENTS, schedule(request).tolist()))
+    expected = list(sample(SAMPLERS[sampler], velocity, LATENTS, schedule(request).tolist()))
     steps = run(base, request)
     assert [step.index for step in steps] == [0, 1, 2, 3]
     for step, other in zip(steps, expected, strict=True):
@@ -204,7 +204,7 @@ def test_a_step_reads_nothing_back(base: ZImagePipeline, sampler: str) -> None:
     request = resolve(base, guidance_scale=4.0, cfg_normalization=1.0, num_inference_steps=3, sampler=sampler)
     conditioning = Conditioning(WORDS.to("meta"), OTHERS.to("meta"))
     velocity = make_velocity(Preparation(transformer), request, conditioning)
-    steps = list(SAMPLERS[sampler](velocity, LATENTS.to("meta"), schedule(request).tolist()))
+    steps = list(sample(SAMPLERS[sampler], velocity, LATENTS.to("meta"), schedule(request).tolist()))
     assert len(steps) == 3
     assert steps[-1].latents.shape == LATENTS.shape
 

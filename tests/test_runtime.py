@@ -32,7 +32,9 @@ def test_a_runtime_is_described_in_texts(monkeypatch: pytest.MonkeyPatch) -> Non
         "dtype": "bfloat16",
         "device": "cpu",
         "threads": str(torch.get_num_threads()),
+        "decode": "whole",
     }
+    assert describe(torch.device("cpu"), torch.bfloat16, 2)["decode"] == "2 in strips"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     on_a_card = describe(torch.device("cuda", 1), torch.float16)
     assert (on_a_card["device"], on_a_card["threads"], on_a_card["dtype"]) == ("Card 1", "", "float16")

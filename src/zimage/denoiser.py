@@ -1,22 +1,24 @@
 """From a resolved request and caption features to denoising steps: where transformer, guidance and sampler meet.
 
-`Preparation` holds what the pictures of one call share, so that nothing is computed twice; `denoising_steps` drives a
-sampler and sees to it that every step is finite. Knows nothing of prompts' texts, pixels, files or threads.
+`Preparation` holds what the pictures of one call share, so that nothing is computed twice; `denoising_steps` takes a
+sampler's steps and sees to it that each is finite. Knows nothing of prompts' texts, pixels, files or threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
+from .memory.ladder import Attempt, once
 from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
 from .sampling.guidance import guide, is_guided
-from .sampling.samplers import SAMPLERS, Steps, Velocity
+from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity
 from .sampling.schedule import model_timesteps, shifted_sigmas
 
 KEPT = 8
@@ -109,27 +111,45 @@ def schedule(request: ResolvedRequest) -> Tensor:
 
 
 def denoising_steps(
-    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, latents: Tensor, *, start: int = 0
+    preparation: Preparation,
+    request: ResolvedRequest,
+    conditioning: Conditioning,
+    latents: Tensor,
+    *,
+    start: int = 0,
+    attempt: Attempt = once,
 ) -> Steps:
-    """Drive the request's sampler from step `start`; latents sent in replace the current ones.
+    """Take the request's steps from step `start` on; latents sent in replace the current ones.
 
     A step that is not finite is taken again, with everything since the caption features in float32, and so are the
-    steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step.
+    steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step. What
+    computes goes through `attempt`, which may do it again.
     """
-    sigmas = schedule(request).tolist()
-    sampler = SAMPLERS[request.sampler]
-    run = sampler(make_velocity(preparation, request, conditioning), latents, sigmas[start:])
-    safe, replaced = False, None
-    for index in range(start, len(sigmas) - 1):
-        step = run.send(replaced)
-        if not is_finite(step.latents) and not safe:
-            safe = True
-            run = sampler(_float32_velocity(preparation, request, conditioning), latents, sigmas[index:])
-            step = next(run)
-        if not is_finite(step.latents):
-            raise non_finite(f"denoising step {index + 1} of {len(sigmas) - 1} (sigma {step.sigma:.3f})")
-        replaced = yield replace(step, index=index)
-        latents = step.latents if replaced is None else replaced
+    sigmas = attempt(lambda: schedule(request).tolist())
+    sampler, total = SAMPLERS[request.sampler], len(sigmas) - 1
+    velocity = attempt(lambda: make_velocity(preparation, request, conditioning))
+    safe, previous = False, None
+    for index in range(start, total):
+        take = partial(_take, sampler, latents=latents, levels=(sigmas[index], sigmas[index + 1]), previous=previous)
+        step, good = attempt(partial(take, velocity))
+        if not good and not safe:
+            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning))
+            step, good = attempt(partial(take, velocity))
+        if not good:
+            raise non_finite(f"denoising step {index + 1} of {total} (sigma {step.sigma:.3f})")
+        previous = replace(step, index=index)
+        replaced = yield previous
+        latents = step.latents
+        if replaced is not None:
+            latents, previous = replaced, None
+
+
+def _take(
+    sampler: Sampler, velocity: Velocity, *, latents: Tensor, levels: tuple[float, float], previous: SamplerStep | None
+) -> tuple[SamplerStep, bool]:
+    """One step between two noise levels, and whether it is finite."""
+    step = sampler(velocity, latents, *levels, previous)
+    return step, is_finite(step.latents)
 
 
 def _float32_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:

@@ -23,10 +23,13 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 @dataclass(frozen=True)
 class ZImageOutput:
     """`images` as `output_type` asked: a list of PIL pictures ("pil"), an array (B, H, W, 3) in [0, 1] ("np"), a tensor
-    (B, 3, H, W) in [0, 1] ("pt") or latents (B, 16, H/8, W/8) ("latent"); `requests[k]` makes image k again."""
+    (B, 3, H, W) in [0, 1] ("pt") or latents (B, 16, H/8, W/8) ("latent"); `requests[k]` makes image k again.
+
+    `stepped_down` says for each time that memory ran out meanwhile what is done with less since."""
 
     images: Any
     requests: tuple[ResolvedRequest, ...]
+    stepped_down: tuple[str, ...] = ()
 
     def __getitem__(self, index: int) -> Any:
         """diffusers' outputs can be indexed like the tuple that `return_dict=False` gives."""

@@ -1,14 +1,12 @@
 """What a pipeline is made of, before any picture: loaded, taken from diffusers, moved, saved.
 
-`Parts` owns the models and the one lock that orders their use. Knows nothing of requests, steps or pixels.
+Knows nothing of steps or pixels; where the models sit in memory is `placed`'s.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +20,16 @@ from .checkpoint.load import Components, load_components
 from .checkpoint.locate import locate
 from .checkpoint.save import save_components
 from .errors import RequestError
-from .memory.budget import find_budget
-from .memory.plan import Plan, fit_picture, follow, parse_memory, plan_model
-from .memory.residency import Residency
+from .memory.budget import find_budget, held_memory
+from .memory.ladder import with_less
+from .memory.plan import Plan, parse_memory
+from .memory.planner import Planning, follow, plan_model
 from .memory.sizes import ModelSizes
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
-from .request import ResolvedRequest
+from .placed import Placed
 from .rules import Limits
 from .variants import detect_variant
 
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": ""}
 
 
-class Parts:
-    """What a pipeline holds: the three models, the tokenizer, the variant and the shift, and one lock for their use."""
+class Parts(Placed):
+    """What a pipeline holds: the three models, the tokenizer, the variant and the shift."""
 
     def __init__(
         self,
@@ -58,14 +57,10 @@ class Parts:
         self.shift = components.shift_of(scheduler)
         self.model = {**_UNKNOWN_MODEL, **(model or {})}
         self.variant = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
-        self.text_encoder = TextEncoder(without_last_layer(text_encoder), tokenizer)
-        self.transformer = ZImageTransformer.share(transformer)
-        self.autoencoder = Autoencoder(vae)
         self._folder = folder
-        self._plan: Plan | None = None
-        self._residency: Residency | None = None
-        self._turn = threading.RLock()
-        components.check_parts(self.text_encoder.model.config, self.transformer.config, vae.config)
+        inner = without_last_layer(text_encoder)
+        components.check_parts(inner.config, transformer.config, vae.config)
+        super().__init__(TextEncoder(inner, tokenizer), ZImageTransformer.share(transformer), Autoencoder(vae))
 
     @classmethod
     def from_pretrained(
@@ -106,8 +101,10 @@ class Parts:
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
-        planner = partial(_plan, memory=memory, dtype=precision, device=target)
-        parts = load_components(place.folder, dtype=precision, device=target, planner=planner)
+        before = held_memory(target)
+        planning = Planning(partial(_plan, memory=memory, dtype=precision, device=target))
+        load = partial(load_components, place.folder, dtype=precision, device=target, planner=planning)
+        parts = with_less(load, planning.step_down)
         source = place.hub_id or place.demo or runtime.portable_path(place.folder)
         made = cls(
             parts.shift,
@@ -119,20 +116,8 @@ class Parts:
             model={"source": source, "revision": place.revision or "", "fingerprint": fingerprint(place.folder)},
             folder=place.folder,
         )
-        made._carry_out(parts, target)
+        made._follow(parts, target, before)
         return made
-
-    @property
-    def plan(self) -> Plan | None:
-        """What sits where, as predicted for a picture of the model's own size; `None` where nothing was loaded."""
-        return self._plan
-
-    def _fit(self, request: ResolvedRequest) -> int:
-        """How many of the decoder's levels a picture needs in strips; raises `NotEnoughMemory` if it does not fit."""
-        if self._plan is None:
-            return 0
-        fitted = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
-        return fitted.placement.strip_levels
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, *, variant: str | None = None) -> Self:
@@ -184,41 +169,6 @@ class Parts:
                 cast(module, dtype=precision, device=place)
             self.text_encoder.forget()
         return self
-
-    def _carry_out(self, loaded: Components, device: torch.device) -> None:
-        """Let what the plan streams pass through `device`."""
-        self._plan = loaded.plan
-        placement = loaded.plan.placement if loaded.plan else None
-        if placement is not None and placement.text_encoder == "streamed":
-            self.text_encoder.device = device
-        if placement is not None and loaded.layers:
-            self._residency = Residency(
-                placement, loaded.layers, device, text_encoder=self.text_encoder.model, transformer=self.transformer
-            )
-
-    def _require_resident(self, what: str) -> None:
-        if self._residency is not None:
-            raise RequestError(
-                f"parts of this pipeline pass through the device as its plan has it, so it cannot be {what}; load it "
-                "again with the device, dtype and memory that are wanted"
-            )
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
-        device = self.device.type
-        with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.x_pad_token.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
-        return self.transformer.compute_dtype
 
     @property
     def limits(self) -> Limits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -113,7 +114,7 @@ class ZImagePipeline(Parts):
         check_stackable(requests, output_type)
         for request in requests:
             self._fit(request)
-        tokens = tokenize(requests, self.text_encoder)
+        tokens, rungs = tokenize(requests, self.text_encoder), len(self._rungs())
         with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
             call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)
             images = [
@@ -121,7 +122,7 @@ class ZImagePipeline(Parts):
                 for request in requests
             ]
         collected = collect(images, output_type)
-        return ZImageOutput(collected, tuple(requests)) if return_dict else (collected,)
+        return ZImageOutput(collected, tuple(requests), self._rungs()[rungs:]) if return_dict else (collected,)
 
     def stream(
         self, request: AnyRequest | str, *, cancel: CancelToken | None = None, embed_recipe: bool = True
@@ -157,12 +158,16 @@ class ZImagePipeline(Parts):
             differences=tuple(differences(recipe, image.recipe.model, image.recipe.runtime)),
         )
 
-    def recipe(self, request: ResolvedRequest, image: Image.Image) -> Recipe:
-        """All that is needed to make `image` again from `request`."""
+    def recipe(self, request: ResolvedRequest, image: Image.Image, strip_levels: int | None = None) -> Recipe:
+        """All that is needed to make `image` again from `request`.
+
+        `strip_levels` of its decode were in strips, as many as would be now if not given.
+        """
+        strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
-            runtime=runtime.describe(self.device, self.dtype),
+            runtime=runtime.describe(self.device, self.dtype, strip_levels),
             pixels=pixel_digest(image),
         )
 
@@ -170,9 +175,11 @@ class ZImagePipeline(Parts):
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
         with self._computing():
-            conditioning = self._condition(request, call)
-            latents = self._start(request)
-        steps = denoising_steps(call.preparation, request, conditioning, latents)
+            conditioning, latents = self._attempt("prompt", request)(
+                lambda: (self._condition(request, call), self._start(request))
+            )
+        start = partial(denoising_steps, call.preparation, request, attempt=self._attempt("denoising", request))
+        steps = start(conditioning, latents)
         replaced = None
         for _ in range(request.num_inference_steps):
             call.check_cancelled()
@@ -188,7 +195,7 @@ class ZImagePipeline(Parts):
             latents = latents if replaced is None else replaced
             if changed is not conditioning:
                 conditioning, replaced = changed, None
-                steps = denoising_steps(call.preparation, request, conditioning, latents, start=step.index + 1)
+                steps = start(conditioning, latents, start=step.index + 1)
         call.check_cancelled()
         return latents
 
@@ -213,12 +220,20 @@ class ZImagePipeline(Parts):
     def _finish(self, request: ResolvedRequest, latents: Tensor, output_type: str, embed_recipe: bool) -> Any:
         if output_type == "latent":
             return latents
+        decode = self._attempt("decoding", request)
         with self._computing():
-            pixels = self.autoencoder.decode(latents, self._fit(request))
-        if output_type != "pil":
+            strips, pixels, image = decode(partial(self._decode, request, latents, output_type))
+        if image is None:
             return pixels
-        image = to_image(pixels)
-        return Picture.of(image, self.recipe(request, image) if embed_recipe else None)
+        return Picture.of(image, self.recipe(request, image, strips) if embed_recipe else None)
+
+    def _decode(
+        self, request: ResolvedRequest, latents: Tensor, output_type: str
+    ) -> tuple[int, Tensor, Image.Image | None]:
+        """How many levels were decoded in strips, pixels (1, 3, H, W), and for "pil" their picture."""
+        strips = self._strip_levels(request)
+        pixels = self.autoencoder.decode(latents, strips)
+        return strips, pixels, to_image(pixels) if output_type == "pil" else None
 
     def _stream(self, request: ResolvedRequest, call: Call, embed_recipe: bool) -> Generator[Step, None, None]:
         total = request.num_inference_steps

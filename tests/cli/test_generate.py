@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
+from torch import OutOfMemoryError, Tensor
 
 from zimage import ZImagePipeline, read_recipe
 from zimage.cli.running import cancel_on_interrupt, evaluations
 from zimage.files.recipe import pixel_digest
+from zimage.models.autoencoder import Autoencoder
 from zimage.request import GenerationRequest
 from zimage.variants import BASE, TURBO
 
@@ -277,3 +279,26 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 def test_evaluations(asked: dict[str, Any], expected: int) -> None:
     request = GenerationRequest("a fox", **{"num_inference_steps": 10, **asked}).resolve(BASE)
     assert evaluations(request) == expected
+
+
+def test_memory_that_ran_out_is_told(
+    zimage: Callable[..., Any], turbo: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A decode that fails until it is done in strips: the picture is drawn, its file says how, and so does stderr."""
+    decode = Autoencoder.decode
+
+    def fails(self: Autoencoder, latents: Tensor, strip_levels: int = 0) -> Tensor:
+        if strip_levels < 1:
+            raise OutOfMemoryError("Tried to allocate 5.00 GiB")
+        return decode(self, latents, strip_levels)
+
+    monkeypatch.setattr(Autoencoder, "decode", fails)
+    ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", *SMALL)
+    assert ended.code == 0, ended.err
+    said = "zimage: decoding ran out of memory at 256x256 (Tried to allocate 5.00 GiB); since then: "
+    assert [line.startswith(said) for line in ended.err.splitlines()].count(True) >= 1
+    assert read_recipe(tmp_path / "zimage-7.png").runtime["decode"] == "1 in strips"
+    ended = zimage("replay", "zimage-7.png", "-m", turbo)
+    assert ended.code == 0, ended.err
+    assert said in ended.err
+    monkeypatch.undo()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from zimage import cli
-from zimage.memory.plan import Budget, make_plan
+from zimage.memory.plan import Budget
+from zimage.memory.planner import make_plan
 from zimage.memory.sizes import RELEASED, Work
 
 

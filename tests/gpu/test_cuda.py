@@ -10,7 +10,7 @@ from zimage import GenerationRequest, ZImagePipeline
 from zimage.calls import tokenize
 from zimage.denoiser import Conditioning, Preparation, make_velocity, schedule
 from zimage.sampling.noise import seeded_noise
-from zimage.sampling.samplers import SAMPLERS
+from zimage.sampling.samplers import SAMPLERS, sample
 from zimage.testing import build_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +33,7 @@ def test_a_step_never_waits_for_the_device(base_folder: Path, sampler: str) -> N
     latents = seeded_noise(1, (1, 16, 32, 34)).cuda()
     with torch.no_grad():
         velocity = make_velocity(Preparation(pipe.transformer), request, Conditioning(*features))
-        run = SAMPLERS[sampler](velocity, latents, schedule(request).tolist())
+        run = sample(SAMPLERS[sampler], velocity, latents, schedule(request).tolist())
         next(run)
         torch.cuda.synchronize()
         try:

@@ -14,7 +14,7 @@ from zimage.calls import tokenize
 from zimage.denoiser import Conditioning, Preparation, make_velocity, schedule
 from zimage.memory.plan import Plan
 from zimage.sampling.noise import seeded_noise
-from zimage.sampling.samplers import SAMPLERS
+from zimage.sampling.samplers import SAMPLERS, sample
 from zimage.testing import build_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_a_streamed_step_never_waits_for_the_device(folder: Path, resident: ZIma
     features = pipe.text_encoder.encode(tokenize([request], pipe.text_encoder)["a fox", 512])
     with torch.no_grad():
         velocity = make_velocity(Preparation(pipe.transformer), request, Conditioning(features))
-        run = SAMPLERS["euler"](velocity, seeded_noise(1, (1, 16, 64, 64)).cuda(), schedule(request).tolist())
+        run = sample(SAMPLERS["euler"], velocity, seeded_noise(1, (1, 16, 64, 64)).cuda(), schedule(request).tolist())
         next(run)
         torch.cuda.synchronize()
         try:

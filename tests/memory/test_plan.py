@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,12 +19,9 @@ from zimage.memory.plan import (
     Budget,
     Placement,
     Plan,
-    fit_picture,
-    make_plan,
     parse_memory,
-    plan_model,
-    predict,
 )
+from zimage.memory.planner import fit_picture, lower, make_plan, plan_model, predict, require_fit
 from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
 
 GIB = 2**30
@@ -213,19 +212,83 @@ def test_a_model_that_is_too_large_for_its_own_size_is_planned_for_a_smaller_one
 
 def test_a_picture_takes_as_few_strips_as_it_needs() -> None:
     plan = make_plan(RELEASED, Work(tokens=128), card(16))
-    assert fit_picture(plan, 1024, 1024, 128).placement == plan.placement
-    assert fit_picture(plan, 1024, 1536, 128).placement.strip_levels == 1
+    assert fit_picture(plan, 1024, 1024, 128)[0].placement == plan.placement
+    assert fit_picture(plan, 1024, 1536, 128)[0].placement.strip_levels == 1
+    require_fit(plan, 1024, 1536, 128)
     with pytest.raises(NotEnoughMemory, match=r"2048x2048 does not fit in 16GB: denoising needs 14\..* smaller size"):
-        fit_picture(plan, 2048, 2048, 128)
+        require_fit(plan, 2048, 2048, 128)
     free = replace(plan, budget=replace(plan.budget, name="auto"))
-    assert fit_picture(free, 2048, 2048, 128).placement.strip_levels == 2
+    require_fit(free, 2048, 2048, 128)
+    assert fit_picture(free, 2048, 2048, 128)[0].placement.strip_levels == 2
 
 
 def test_streamed_blocks_are_spread_evenly() -> None:
     spread = Placement(text_encoder="resident", resident_blocks=5, blocks=8, context_resident=True, slots=2)
-    assert spread.streamed == (2, 5, 7)
+    assert spread.streamed == (0, 2, 4)
     assert replace(spread, resident_blocks=8).streamed == ()
     assert replace(spread, resident_blocks=0).streamed == tuple(range(8))
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 12, 32])
+def test_what_is_streamed_stays_so_when_more_is(blocks: int) -> None:
+    before: set[int] = set()
+    for resident in range(blocks, -1, -1):
+        placement = Placement(
+            text_encoder="resident", resident_blocks=resident, blocks=blocks, context_resident=True, slots=2
+        )
+        now = set(placement.streamed)
+        assert len(now) == blocks - resident
+        assert before <= now
+        gaps = [after - one for one, after in pairwise([*sorted(now), min(now, default=0) + blocks])]
+        assert max(gaps, default=1) <= max(1, 2 * -(-blocks // max(1, len(now))))
+        before = now
+
+
+def rungs(plan: Plan, stage: str, **options: Any) -> list[Plan]:
+    """Down to the last, which must come."""
+    found = [plan]
+    with suppress(NotEnoughMemory):
+        while len(found) < 100:
+            found.append(lower(found[-1], stage, **options))
+    with pytest.raises(NotEnoughMemory, match=f"{stage} ran out of memory at 1024x1024, where .* no more frugal plan"):
+        lower(found[-1], stage, **options)
+    return found
+
+
+@pytest.mark.parametrize("stage", ["prompt", "denoising", "decoding"])
+@pytest.mark.parametrize("host", [ROOMY, 4 * GIB])
+def test_every_rung_needs_less_and_takes_nothing_back(stage: str, host: int) -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(80, host))
+    need = {one.name: one.device for one in plan.stages}[stage]
+    ladder = rungs(plan, stage)
+    assert len(ladder) > 5
+    for before, after in pairwise(ladder):
+        assert {one.name: one.device for one in after.stages}[stage] < need
+        need = {one.name: one.device for one in after.stages}[stage]
+        assert fits(after)
+        assert set(before.placement.streamed) <= set(after.placement.streamed)
+        assert (before.placement.text_waits, before.placement.strip_levels) <= (
+            after.placement.text_waits,
+            after.placement.strip_levels,
+        )
+        for waits, source in (("text_waits", "text_source"), ("blocks_wait", "block_source")):
+            if getattr(before.placement, waits) and getattr(before.placement, source) == "files":
+                assert getattr(after.placement, source) == "files"
+    assert {one.name: one.device for one in ladder[-1].stages}["denoising"] < 2.7 * GIB
+
+
+def test_rungs_of_parts_that_were_handed_in() -> None:
+    """Without files weights wait in the host's memory; where the device is that memory only strips are left."""
+    plan = make_plan(RELEASED, Work(tokens=128), card(80))
+    assert {rung.placement.text_source for rung in rungs(plan, "denoising", has_files=False)} == {"memory"}
+    plan = make_plan(RELEASED, Work(tokens=128), Budget(device=30 * GIB, host=None))
+    assert len(rungs(plan, "denoising", has_files=False)) == 1
+    assert [rung.placement.text_encoder for rung in rungs(plan, "denoising")] == ["resident", "streamed"]
+
+
+def test_a_text_encoder_on_the_cpu_stays_there() -> None:
+    plan = make_plan(RELEASED, Work(tokens=128), card(80), text_encoder="cpu")
+    assert {rung.placement.text_encoder for rung in rungs(plan, "denoising")} == {"cpu"}
 
 
 def test_where_the_device_is_the_host_it_keeps_the_embedding() -> None:

@@ -13,7 +13,8 @@ import torch
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
 from zimage.memory.meter import AllocationMeter
-from zimage.memory.plan import Plan, fit_picture
+from zimage.memory.plan import Plan
+from zimage.memory.planner import fit_picture
 from zimage.testing import build_checkpoint
 
 PICTURE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 3, "seed": 4, "progress": False}
@@ -110,7 +111,7 @@ def test_the_predicted_peaks_are_the_measured_ones(small_folder: Path) -> None:
 
 def measured(pipe: ZImagePipeline) -> int:
     """The peak of a picture of 512², the streamed layers' bytes on the host left out."""
-    hosted = {id(layer.module) for layer in (() if pipe._residency is None else pipe._residency._ring._layers.values())}
+    hosted = {id(module) for module in pipe._residency._layers}
     models = (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
     away = {
         id(parameter)
@@ -122,9 +123,7 @@ def measured(pipe: ZImagePipeline) -> int:
     }
     meter = AllocationMeter()
     meter.adopt(parameter for model in models for parameter in model.parameters() if id(parameter) not in away)
-    if pipe._residency is not None:
-        meter.adopt(place.buffer for place in pipe._residency._ring._places)
-    with meter:
+    with meter:  # the places of the ring are made within
         pixels(pipe, height=512, width=512, num_inference_steps=2, seed=1, progress=False)
     return meter.peak
 
@@ -188,7 +187,7 @@ def test_a_picture_decodes_in_as_many_strips_as_it_needs(
     folder: Path, resident: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(resident, slots=0)
-    need = next(stage.device for stage in fit_picture(plan, 512, 256, 512).stages if stage.name == "decoding")
+    need = next(stage.device for stage in fit_picture(plan, 512, 256, 512)[0].stages if stage.name == "decoding")
     tight = load(folder, replace(plan, budget=replace(plan.budget, device=need - 2**20, name="tight")))
     levels = []
     decode = tight.autoencoder.decode

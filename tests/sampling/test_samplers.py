@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zimage.rules import SAMPLERS as NAMES
-from zimage.sampling.samplers import SAMPLERS, Sampler, SamplerStep, dpmpp_2m, euler, heun
+from zimage.sampling.samplers import SAMPLERS, Sampler, SamplerStep, dpmpp_2m, euler, heun, sample
 from zimage.sampling.schedule import shifted_sigmas
 
 MEAN, DEVIATION = 0.7, 0.5
@@ -51,7 +51,7 @@ def wavy_velocity(latents: Tensor, sigma: float) -> Tensor:
 
 
 def run(sampler: Sampler, sigmas: Sequence[float], latents: Tensor, velocity: Callable = gaussian_velocity) -> Tensor:
-    *_, last = sampler(velocity, latents, sigmas)
+    *_, last = sample(sampler, velocity, latents, sigmas)
     return last.latents
 
 
@@ -115,7 +115,7 @@ def test_straight_paths_are_exact(name: str, steps: int) -> None:
     """Data that is one point: the velocity is constant along a path, and the image is known from the first step on."""
     image, noise = torch.full_like(Z, MEAN), Z
     sigmas = whole(steps, 3.0)
-    for step in SAMPLERS[name](lambda latents, sigma: (latents - image) / sigma, noise, sigmas):
+    for step in sample(SAMPLERS[name], lambda latents, sigma: (latents - image) / sigma, noise, sigmas):
         torch.testing.assert_close(step.denoised, image, rtol=0, atol=1e-12)
         expected = (1 - step.sigma_next) * image + step.sigma_next * noise
         torch.testing.assert_close(step.latents, expected, rtol=0, atol=1e-12)
@@ -130,7 +130,7 @@ def test_euler_has_the_bits_of_diffusers_scheduler(steps: int, shift: float) -> 
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = latents
     for step, time in zip(
-        euler(wavy_velocity, latents, shifted_sigmas(steps, shift).tolist()), scheduler.timesteps, strict=True
+        sample(euler, wavy_velocity, latents, shifted_sigmas(steps, shift).tolist()), scheduler.timesteps, strict=True
     ):
         theirs = scheduler.step(wavy_velocity(theirs, step.sigma), time, theirs, return_dict=False)[0]
         assert torch.equal(step.latents, theirs)
@@ -150,7 +150,7 @@ def test_dpmpp_2m_takes_the_steps_of_diffusers_solver(steps: int, shift: float) 
     assert sigmas[-1] == 0
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = latents
-    for step, time in zip(dpmpp_2m(wavy_velocity, latents, sigmas), scheduler.timesteps, strict=True):
+    for step, time in zip(sample(dpmpp_2m, wavy_velocity, latents, sigmas), scheduler.timesteps, strict=True):
         theirs = scheduler.step(wavy_velocity(theirs, step.sigma), time, theirs, return_dict=False)[0]
         torch.testing.assert_close(step.latents, theirs, rtol=1e-5, atol=1e-5)
 
@@ -165,7 +165,7 @@ def test_evaluations(name: str, steps: int) -> None:
         return gaussian_velocity(latents, sigma)
 
     sigmas = whole(steps, 3.0)
-    taken = list(SAMPLERS[name](velocity, path(1.0), sigmas))
+    taken = list(sample(SAMPLERS[name], velocity, path(1.0), sigmas))
     assert len(taken) == steps
     assert len(asked) == EVALUATIONS[name](steps)
     assert set(asked) == set(sigmas[:-1]), "the model is never asked at sigma 0"
@@ -174,7 +174,7 @@ def test_evaluations(name: str, steps: int) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_say_where_they_are(name: str) -> None:
     sigmas = whole(4, 3.0)
-    taken = list(SAMPLERS[name](gaussian_velocity, path(1.0), sigmas))
+    taken = list(sample(SAMPLERS[name], gaussian_velocity, path(1.0), sigmas))
     assert [step.index for step in taken] == [0, 1, 2, 3]
     assert [step.sigma for step in taken] == sigmas[:-1]
     assert [step.sigma_next for step in taken] == sigmas[1:]
@@ -186,7 +186,7 @@ def test_steps_say_where_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_last_step_ends_at_what_it_denoised(name: str) -> None:
-    *_, last = SAMPLERS[name](gaussian_velocity, path(1.0), whole(5, 3.0))
+    *_, last = sample(SAMPLERS[name], gaussian_velocity, path(1.0), whole(5, 3.0))
     torch.testing.assert_close(last.latents, last.denoised, rtol=0, atol=1e-12)
 
 
@@ -194,12 +194,12 @@ def test_the_last_step_ends_at_what_it_denoised(name: str) -> None:
 def test_sent_latents_replace_the_current_ones(name: str) -> None:
     """And nothing is left of the old ones: the run goes on as one that starts from those sent."""
     sigmas = whole(5, 3.0)
-    steps = SAMPLERS[name](wavy_velocity, path(1.0), sigmas)
+    steps = sample(SAMPLERS[name], wavy_velocity, path(1.0), sigmas)
     next(steps)
     next(steps)
     sent = path(0.3)
     went_on = [steps.send(sent), next(steps), next(steps)]
-    fresh = list(SAMPLERS[name](wavy_velocity, sent, sigmas[2:]))
+    fresh = list(sample(SAMPLERS[name], wavy_velocity, sent, sigmas[2:]))
     for step, expected in zip(went_on, fresh, strict=True):
         assert torch.equal(step.latents, expected.latents)
         assert torch.equal(step.denoised, expected.denoised)
@@ -208,9 +208,9 @@ def test_sent_latents_replace_the_current_ones(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_two_runs_share_nothing(name: str) -> None:
     sigmas = whole(4, 3.0)
-    alone = [step.latents for step in SAMPLERS[name](wavy_velocity, path(1.0), sigmas)]
-    one = SAMPLERS[name](wavy_velocity, path(1.0), sigmas)
-    other = SAMPLERS[name](wavy_velocity, path(0.5), sigmas)
+    alone = [step.latents for step in sample(SAMPLERS[name], wavy_velocity, path(1.0), sigmas)]
+    one = sample(SAMPLERS[name], wavy_velocity, path(1.0), sigmas)
+    other = sample(SAMPLERS[name], wavy_velocity, path(0.5), sigmas)
     for (step, _), expected in zip(zip(one, other, strict=True), alone, strict=True):
         assert torch.equal(step.latents, expected)
 
@@ -227,7 +227,7 @@ def test_no_tensor_is_changed(name: str) -> None:
 
     sigmas = whole(4, 3.0)
     copied = list(sigmas)
-    for step in SAMPLERS[name](velocity, start, sigmas):
+    for step in sample(SAMPLERS[name], velocity, start, sigmas):
         seen.extend([(step.latents, step.latents.clone()), (step.denoised, step.denoised.clone())])
     assert all(torch.equal(tensor, copy) for tensor, copy in seen)
     assert sigmas == copied
@@ -236,18 +236,18 @@ def test_no_tensor_is_changed(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_latents_stay_in_float32(name: str) -> None:
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    steps: list[SamplerStep] = list(SAMPLERS[name](wavy_velocity, latents, whole(3, 6.0)))
+    steps: list[SamplerStep] = list(sample(SAMPLERS[name], wavy_velocity, latents, whole(3, 6.0)))
     assert {step.latents.dtype for step in steps} == {step.denoised.dtype for step in steps} == {torch.float32}
 
 
 @pytest.mark.parametrize("sampler", [euler, heun, dpmpp_2m])
 def test_reads_nothing_back(sampler: Sampler) -> None:
     with FakeTensorMode():
-        steps = list(sampler(wavy_velocity, torch.empty(1, 16, 4, 4), whole(3, 3.0)))
+        steps = list(sample(sampler, wavy_velocity, torch.empty(1, 16, 4, 4), whole(3, 3.0)))
     assert len(steps) == 3
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_single_step_is_the_image_predicted_from_noise(name: str) -> None:
-    (step,) = SAMPLERS[name](wavy_velocity, Z, [1.0, 0.0])
+    (step,) = sample(SAMPLERS[name], wavy_velocity, Z, [1.0, 0.0])
     torch.testing.assert_close(step.latents, Z - wavy_velocity(Z, 1.0))

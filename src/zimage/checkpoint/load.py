@@ -7,7 +7,7 @@ Five hard-coded classes come out, whatever the files say, and no code of a check
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +18,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from ..errors import CheckpointError
 from ..memory.plan import Plan
-from ..memory.ring import Layer
+from ..memory.residency import Reader, streamed_names
+from ..memory.ring import Field, Layer
 from ..memory.sizes import ModelSizes
 from ..models.transformer import ZImageTransformer
 from .configs import PARTS
 from .reading import reason
 from .sizes import sizes_of_blanks
-from .streaming import moves, streamed_layer, streamed_names
+from .streaming import layer_file, moves, streamed_layer
 from .survey import Survey, survey
-from .tensors import fill
+from .tensors import LayerFile, fill
 
 Planner = Callable[[ModelSizes], Plan]
 
@@ -50,6 +51,8 @@ class Components:
     plan: Plan | None = None
     layers: tuple[Layer, ...] = ()
     """Those that pass through the device as the plan has it, in the order in which they run."""
+    read: Reader | None = None
+    """What reads a layer from the files again."""
 
 
 def load_components(
@@ -95,6 +98,10 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
             assert plan is not None
             source = plan.placement.text_source if component == "text_encoder" else plan.placement.block_source
             layers.append(streamed_layer(blank, weights, name, source=source, dtype=dtype, device=device))
+
+    def read(component: str, name: str, fields: Sequence[Field]) -> LayerFile:
+        return layer_file(found.blanks[component], found.weights[component], name, fields)
+
     return Components(
         tokenizer=found.tokenizer,
         text_encoder=found.blanks["text_encoder"].module,
@@ -105,4 +112,5 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
         folder=found.folder,
         plan=plan,
         layers=tuple(layers),
+        read=read,
     )

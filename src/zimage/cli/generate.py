@@ -32,7 +32,7 @@ from .options import (
     read_prompt,
     read_size,
 )
-from .running import announce, cancel_on_interrupt, print_json, shows_progress
+from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import Targets, plan_targets
 
 if TYPE_CHECKING:
@@ -126,14 +126,17 @@ def _draw(
         for index, request in enumerate(requests):
             start = perf_counter()
             try:
-                (image,) = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)[0]
+                output: Any = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)
+                (image,) = output.images
                 seconds = perf_counter() - start
                 file = targets.save(image, index, request.seed)
             except (Cancelled, KeyboardInterrupt):
                 written = f"{index} of {len(requests)} pictures" if index else "nothing"
                 raise Cancelled(f"cancelled, {written} written") from None
+            if not quiet:
+                tell(output.stepped_down)
             if json:
-                print_json(pipe.recipe(request, image), file=str(file), seconds=seconds)
+                print_json(image.recipe or pipe.recipe(request, image), file=str(file), seconds=seconds)
             else:
                 print(file, flush=True)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import RequestError
-from ..memory.plan import Budget, Placement, Plan, gib, make_plan, parse_memory
+from ..memory.plan import Budget, Placement, Plan, gib, parse_memory
+from ..memory.planner import make_plan
 from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
 from ..request import GenerationRequest
 from .checkpoints import table

@@ -15,7 +15,7 @@ import typer
 from ..errors import Cancelled, CheckpointError, RequestError
 from ..variants import VARIANTS
 from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Memory, Quiet
-from .running import announce, cancel_on_interrupt, print_json, shows_progress
+from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import plan_targets, save_picture
 
 if TYPE_CHECKING:
@@ -65,11 +65,15 @@ def replay(
                 save_picture(result.image, output, overwrite=force)
         except (Cancelled, KeyboardInterrupt):
             raise Cancelled("cancelled, nothing written") from None
+    if not quiet and pipe.plan is not None:
+        tell(pipe.plan.stepped_down)
     found = [f"the picture in {file} was changed after it was made"] * edited + list(result.differences)
     same = result.same_bits and not edited
     if json:
         verdict = {"output": None if output is None else str(output), "same_bits": same, "differences": found}
-        print_json(pipe.recipe(result.request, result.image), seconds=seconds, file=str(file), **verdict)
+        print_json(
+            result.image.recipe or pipe.recipe(result.request, result.image), seconds=seconds, file=str(file), **verdict
+        )
     else:
         _print_verdict(same, found, output)
     if not same:

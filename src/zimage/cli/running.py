@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,18 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
     print(f"zimage: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
+def tell(sentences: Iterable[str]) -> None:
+    """Say on stderr what happened, a line each."""
+    for sentence in sentences:
+        print(f"zimage: {sentence}", file=sys.stderr, flush=True)
+
+
 def evaluations(request: ResolvedRequest) -> int:
     """Transformer evaluations of one picture, counted by driving its sampler with a stand-in for the model."""
     from torch import Tensor, zeros
 
     from ..sampling.guidance import is_guided
-    from ..sampling.samplers import SAMPLERS
+    from ..sampling.samplers import SAMPLERS, sample
     from ..sampling.schedule import model_timesteps, shifted_sigmas
 
     counted = 0
@@ -83,7 +89,7 @@ def evaluations(request: ResolvedRequest) -> int:
     levels = shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
     sigmas = levels.tolist()
     times = dict(zip(sigmas, model_timesteps(levels).tolist(), strict=True))
-    for _ in SAMPLERS[request.sampler](velocity, zeros(1), sigmas):
+    for _ in sample(SAMPLERS[request.sampler], velocity, zeros(1), sigmas):
         pass
     return counted
 

@@ -1,7 +1,8 @@
-"""How much memory there is to plan with: of the device and of the host, now and on this machine."""
+"""How much memory there is to plan with, and how much is in use: of the device and of the host, on this machine."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import psutil
@@ -33,3 +34,22 @@ def free_host_memory() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that tensors of this process hold on `device`; where it is the host, all that the process does."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most of `held_memory` there was since the process began; `None` where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak[1]) * 1024 if peak else None

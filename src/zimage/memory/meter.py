@@ -22,12 +22,14 @@ class AllocationMeter(TorchDispatchMode):
     Args:
         capacity: bytes; an operation whose result would not fit raises `torch.OutOfMemoryError`, as a device does.
         fail_at: raise that error at this allocation (1 for the first), whatever the capacity.
+        device: count only what is there: "cpu", "meta"; by default everywhere.
 
     `adopt` counts tensors that were there before. Acts on the calling thread.
     """
 
-    def __init__(self, capacity: int | None = None, *, fail_at: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, *, fail_at: int | None = None, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.capacity, self.fail_at = capacity, fail_at
         self.live = self.peak = self.allocations = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -54,7 +56,7 @@ class AllocationMeter(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._storages or not size:
+        if key in self._storages or not size or self._device not in (None, storage.device.type):
             return
         self.allocations += 1
         if self.allocations == self.fail_at or (self.capacity is not None and self.live + size > self.capacity):

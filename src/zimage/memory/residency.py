@@ -1,57 +1,167 @@
-"""Carries a plan out: the layers that it streams are on the device while they compute.
+"""Carries a plan out: which layers of the models pass through the device, and the ring in which they take turns.
 
-The text encoder's layers are announced by hooks, the transformer's by its own `hold`. Knows which modules pass through,
-not why; nothing is left behind on the modules after `close`.
+A layer that shall pass through is taken off the device, into the host's memory or back to its file. The text encoder's
+layers are announced by hooks, the transformer's by its own `hold`. Knows which modules pass through, not why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from .copiers import CudaCopier, HostCopier
+from ..errors import NotEnoughMemory
+from .copiers import CudaCopier, HostCopier, Source
 from .plan import Placement
-from .ring import Copier, Layer, Ring
+from .ring import Copier, Field, Layer, Ring, bind, layout
+
+Reader = Callable[[str, str, Sequence[Field]], Source]
+"""What reads a layer from its files: for "text_encoder" or "transformer", the layer's name in it, and its fields."""
+
+_HOST = torch.device("cpu")
 
 
 class Residency:
-    """The ring of a pipeline's streamed layers, wired to its models."""
+    """Where the layers of a pipeline's two large models are.
+
+    Nothing of it is left on the modules after `close`, but that parameters which were taken off the device are not on
+    it. For one thread at a time.
+    """
 
     def __init__(
         self,
-        placement: Placement,
-        layers: Sequence[Layer],
-        device: torch.device,
-        *,
         text_encoder: Any,
         transformer: Any,
-        copier: Copier | None = None,
+        *,
+        placement: Placement | None = None,
+        device: torch.device = _HOST,
+        layers: Sequence[Layer] = (),
+        read: Reader | None = None,
     ) -> None:
-        """Wire `layers` of the two models; `copier` is the device's own if not given."""
-        largest = max(layer.size for layer in layers)
-        self._ring = Ring(layers, placement.slots, device, copier or _copier(device, largest))
-        self._transformer = transformer
-        self._hooks = []
-        for layer in text_encoder.layers:
-            if placement.text_encoder == "streamed":
-                self._hooks.append(layer.register_forward_pre_hook(self._enter))
-                self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))
-        transformer.hold = self._ring.hold
+        """`layers` are off the device already, as `placement` has it; without `read` nothing can go back to files."""
+        self.read = read
+        self._models = {"text_encoder": text_encoder, "transformer": transformer}
+        self._layers: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+        self._ring: Ring | None = None
+        self._hooks: list[Any] = []
+        self._slots, self._device = placement.slots if placement else 0, device
+        self._wire()
+
+    @property
+    def streams(self) -> bool:
+        """Whether something passes through the device."""
+        return bool(self._layers)
+
+    def place(self, placement: Placement, device: torch.device) -> None:
+        """Take off `device` what `placement` streams and is not yet away, and put all else there.
+
+        Raises `NotEnoughMemory` where a layer that should be read from its file is not what the file holds any more.
+        """
+        self._unwire()
+        self._slots, self._device = placement.slots, device
+        try:
+            for component, model in self._models.items():
+                source = placement.text_source if component == "text_encoder" else placement.block_source
+                for name in streamed_names(placement, component, model):
+                    layer = self._layers.get(model.get_submodule(name))
+                    if layer is None or (source == "files" and isinstance(layer.source, torch.Tensor)):
+                        self._take(component, name, source, pinned=device.type == "cuda")
+        finally:
+            self._wire()
+        apart = self._models["text_encoder"] if placement.text_waits else None
+        for model in self._models.values():
+            for tensor in self._staying(model):
+                tensor.data = tensor.data.to(_HOST if model is apart else device)
 
     def close(self) -> None:
-        """Take the wiring off again."""
+        """Take the wiring off and let go of the models; what passed through stays where it waits."""
+        self._unwire()
+        self._layers, self._models, self.read = {}, {}, None
+
+    def _take(self, component: str, name: str, source: str, *, pinned: bool) -> None:
+        module = self._models[component].get_submodule(name)
+        fields, size = layout(module)
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and source == "memory")
+        if source == "memory":
+            for one in fields:
+                one.view(buffer).copy_(one.parameter)
+            bind(fields, buffer)
+            self._layers[module] = Layer(module, fields, size, buffer)
+            return
+        assert self.read is not None
+        read = self.read(component, name, fields)
+        assert callable(read)
+        read(buffer)
+        for one in fields:
+            if not torch.equal(one.view(buffer), one.parameter.to(_HOST)):
+                raise NotEnoughMemory(
+                    f"{component}.{name}.{one.path} was changed after loading and cannot be read from its file again; "
+                    "choose a smaller size, or load with the memory that is there"
+                )
+        bind(fields, buffer.to("meta"))
+        self._layers[module] = Layer(module, fields, size, read)
+
+    def _staying(self, model: Any) -> Iterator[torch.Tensor]:
+        """Parameters and buffers of `model` that do not pass through."""
+        moved = {id(one.parameter) for layer in self._layers.values() for one in layer.fields}
+        for tensor in chain(model.parameters(), model.buffers()):
+            if id(tensor) not in moved:
+                yield tensor
+
+    def _wire(self) -> None:
+        for layer in self._models["text_encoder"].layers:
+            if layer in self._layers:
+                self._hooks.append(layer.register_forward_pre_hook(self._enter))
+                self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))
+        if self._layers:
+            self._models["transformer"].hold = self._hold
+
+    def _unwire(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        vars(self._transformer).pop("hold", None)
+        self._hooks.clear()
+        if self._models:
+            vars(self._models["transformer"]).pop("hold", None)
+        self._ring = None
+
+    def _turning(self) -> Ring:
+        """The ring, made when it is first needed: its places take memory of the device."""
+        if self._ring is None:
+            order = [
+                self._layers[module]
+                for model in self._models.values()
+                for module in model.modules()
+                if module in self._layers
+            ]
+            self._ring = Ring(order, self._slots, self._device, _copier(self._device, max(one.size for one in order)))
+        return self._ring
+
+    def _hold(self, block: nn.Module) -> AbstractContextManager[None]:
+        return self._turning().hold(block)
 
     def _enter(self, module: nn.Module, _: Any) -> None:
-        self._ring.enter(module)
+        self._turning().enter(module)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        self._ring.leave(module)
+        if self._ring is not None:
+            self._ring.leave(module)
+
+
+def streamed_names(placement: Placement, component: str, module: Any) -> list[str]:
+    """The names of the modules in `component` that pass through the device, in the order in which they run."""
+    if component == "text_encoder":
+        streams = placement.text_encoder == "streamed"
+        return [f"layers.{number}" for number in range(len(module.layers))] if streams else []
+    if component != "transformer":
+        return []
+    context = [] if placement.context_resident else range(len(module.context_refiner))
+    blocks = [f"noise_refiner.{number}" for number in range(len(module.noise_refiner))]
+    blocks += [f"layers.{number}" for number in range(len(module.layers))]
+    return [*(f"context_refiner.{number}" for number in context), *(blocks[number] for number in placement.streamed)]
 
 
 def _copier(device: torch.device, largest: int) -> Copier:

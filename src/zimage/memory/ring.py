@@ -48,6 +48,11 @@ class Field:
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def parameter(self) -> Tensor:
+        """What is there now."""
+        return getattr(self.owner, self.name)
+
     def view(self, buffer: Tensor) -> Tensor:
         """The parameter in a buffer that holds the layer."""
         count = self.shape.numel() * self.dtype.itemsize

@@ -1,15 +1,15 @@
-"""Solvers of the probability-flow ODE `dx/dsigma = v(x, sigma)` as generators that the caller drives.
+"""Solvers of the probability-flow ODE `dx/dsigma = v(x, sigma)`, each a pure function that takes one step.
 
-A sampler takes `velocity(latents, sigma)`, the starting latents and the noise levels, and yields a `SamplerStep`
-after each step. Sending latents into it replaces the current ones. It keeps nothing outside its own frame and knows
-nothing of models, prompts or guidance. Here `x = (1 − sigma)·image + sigma·noise`, so `image = x − sigma·v`.
+A sampler takes `velocity(latents, sigma)`, the latents, the noise levels before and after the step, and the step before
+it, if that led here; taking a step again gives the same bits. `sample` takes all steps of a schedule in turn. Nothing
+here knows models, prompts or guidance. `x = (1 − sigma)·image + sigma·noise`, so `image = x − sigma·v`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor
@@ -22,65 +22,69 @@ Velocity = Callable[[Tensor, float], Tensor]
 class SamplerStep:
     """A step taken: `latents` at `sigma_next`, and `denoised`, the image predicted at `sigma`; both (B, C, H, W)."""
 
-    index: int
     sigma: float
     sigma_next: float
     latents: Tensor
     denoised: Tensor
+    index: int = 0
 
 
+Sampler = Callable[[Velocity, Tensor, float, float, SamplerStep | None], SamplerStep]
 Steps = Generator[SamplerStep, Tensor | None, None]
-Sampler = Callable[[Velocity, Tensor, Sequence[float]], Steps]
 
 
-def euler(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
+def euler(
+    velocity: Velocity, latents: Tensor, sigma: float, sigma_next: float, previous: SamplerStep | None = None
+) -> SamplerStep:
     """Euler's method: first order, one evaluation a step."""
-    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        slope = velocity(latents, sigma)
-        denoised = latents - sigma * slope
-        latents = latents + (sigma_next - sigma) * slope
-        replaced = yield SamplerStep(index, sigma, sigma_next, latents, denoised)
-        latents = latents if replaced is None else replaced
+    slope = velocity(latents, sigma)
+    return SamplerStep(sigma, sigma_next, latents + (sigma_next - sigma) * slope, latents - sigma * slope)
 
 
-def heun(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
+def heun(
+    velocity: Velocity, latents: Tensor, sigma: float, sigma_next: float, previous: SamplerStep | None = None
+) -> SamplerStep:
     """Heun's method: second order, two evaluations a step and one for the last (arXiv 2206.00364, algorithm 1)."""
-    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        slope = velocity(latents, sigma)
-        denoised = latents - sigma * slope
-        ahead = latents + (sigma_next - sigma) * slope
-        if sigma_next > 0:
-            ahead = latents + (sigma_next - sigma) * 0.5 * (slope + velocity(ahead, sigma_next))
-        latents = ahead
-        replaced = yield SamplerStep(index, sigma, sigma_next, latents, denoised)
-        latents = latents if replaced is None else replaced
+    slope = velocity(latents, sigma)
+    denoised = latents - sigma * slope
+    ahead = latents + (sigma_next - sigma) * slope
+    if sigma_next > 0:
+        ahead = latents + (sigma_next - sigma) * 0.5 * (slope + velocity(ahead, sigma_next))
+    return SamplerStep(sigma, sigma_next, ahead, denoised)
 
 
-def dpmpp_2m(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
+def dpmpp_2m(
+    velocity: Velocity, latents: Tensor, sigma: float, sigma_next: float, previous: SamplerStep | None = None
+) -> SamplerStep:
     """DPM-Solver++(2M) for flow matching: second order, one evaluation a step.
 
     arXiv 2211.01095, algorithm 2, with alpha = 1 − sigma and lambda = log(alpha / sigma). Where lambda is infinite
-    (sigma 1 at the start, 0 at the end) the step falls back to the first order, as it does after replaced latents.
+    (sigma 1 at the start, 0 at the end) or no step led here, it falls back to the first order.
     """
-    previous: Tensor | None = None
-    previous_sigma = 1.0
-    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = latents - sigma * velocity(latents, sigma)
-        target = denoised
-        if previous is not None and previous_sigma < 1 and sigma_next > 0:
-            span = _half_log_snr(sigma_next) - _half_log_snr(sigma)
-            ratio = (_half_log_snr(sigma) - _half_log_snr(previous_sigma)) / span
-            target = denoised + (denoised - previous) / (2 * ratio)
-        decay = sigma_next / sigma
-        latents = decay * latents + ((1 - sigma_next) - (1 - sigma) * decay) * target
-        previous, previous_sigma = denoised, sigma
-        replaced = yield SamplerStep(index, sigma, sigma_next, latents, denoised)
-        if replaced is not None:
-            latents, previous = replaced, None
+    denoised = latents - sigma * velocity(latents, sigma)
+    target = denoised
+    if previous is not None and previous.sigma < 1 and sigma_next > 0:
+        span = _half_log_snr(sigma_next) - _half_log_snr(sigma)
+        ratio = (_half_log_snr(sigma) - _half_log_snr(previous.sigma)) / span
+        target = denoised + (denoised - previous.denoised) / (2 * ratio)
+    decay = sigma_next / sigma
+    moved = decay * latents + ((1 - sigma_next) - (1 - sigma) * decay) * target
+    return SamplerStep(sigma, sigma_next, moved, denoised)
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 """The samplers by the names that requests use."""
+
+
+def sample(sampler: Sampler, velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Steps:
+    """Every step of a schedule; latents sent in replace the current ones, and no step has led to those."""
+    previous = None
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        previous = replace(sampler(velocity, latents, sigma, sigma_next, previous), index=index)
+        replaced = yield previous
+        latents = previous.latents
+        if replaced is not None:
+            latents, previous = replaced, None
 
 
 def _half_log_snr(sigma: float) -> float:

@@ -18,7 +18,7 @@ from ..models.autoencoder import to_image
 from ..models.transformer import TOKEN_MULTIPLE
 from ..sampling.guidance import guide, is_guided
 from ..sampling.noise import seeded_noise
-from ..sampling.samplers import euler
+from ..sampling.samplers import euler, sample
 from ..sampling.schedule import model_timesteps, shifted_sigmas
 from . import judge
 from .captions import evaluation_captions
@@ -103,7 +103,7 @@ def _sample(pipe: Any, ids: list[list[int]], seeds: list[int], recipe: Recipe) -
         other = transformer.denoise(noisy, negative, grid, modulations[sigma])
         return -guide(prediction, other, recipe.guidance_scale, recipe.cfg_normalization)
 
-    for step in euler(velocity, latents, levels.tolist()):
+    for step in sample(euler, velocity, latents, levels.tolist()):
         latents = step.latents
     return latents
 

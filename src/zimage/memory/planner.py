@@ -1,0 +1,282 @@
+"""Makes memory plans: from a model's sizes, a picture's and a budget the fastest placement that fits.
+
+Placements are tried from the fastest to the most frugal, and the first that fits is taken; those before it are kept
+with the reason why not. Pure arithmetic, no torch. Knows nothing of how a plan is carried out (`residency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ..errors import NotEnoughMemory, RequestError
+from .plan import Budget, Placement, Plan, Rejected, Stage, gib
+from .sizes import ModelSizes, Work, decode_activations, denoise_activations, text_activations
+
+SLOTS = 2
+"""Places on the device that streamed layers pass through: one computes while the other is filled."""
+STRIP_LEVELS = (1, 2)
+"""How many of the decoder's resolutions may be computed in strips: each halves what a decode needs, or better."""
+STAGING = 32 << 20
+"""Bytes of host memory that weights pass through on their way from a file."""
+STEP_DOWN = 0.95
+"""Of what a stage was predicted to need and did not get, what the next rung may use."""
+
+
+def make_plan(sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: str | None = None) -> Plan:
+    """The first placement that fits `budget`; `text_encoder` fixes where that is (see `Placement`).
+
+    Raises `NotEnoughMemory` naming what would fit, `RequestError` for a wrong `text_encoder`.
+    """
+    if text_encoder not in (None, "resident", "streamed", "cpu"):
+        raise RequestError(f"text_encoder must be 'resident', 'streamed' or 'cpu', got {text_encoder!r}")
+    rejected: list[Rejected] = []
+    for placement in _placements(sizes, work, budget, text_encoder):
+        chosen, reason = _with_source(sizes, work, budget, placement)
+        if not reason:
+            stages = predict(sizes, work, budget, chosen)
+            return Plan(
+                placement=chosen, work=work, budget=budget, stages=stages, sizes=sizes, rejected=tuple(rejected)
+            )
+        rejected.append(Rejected(placement=chosen, reason=reason))
+    raise NotEnoughMemory(_too_little(sizes, work, budget, rejected[-1]))
+
+
+def plan_model(sizes: ModelSizes, dtype: str, budget: Budget) -> Plan:
+    """The plan for pictures of the size that the model was trained on or, where that does not fit, of a smaller one.
+
+    Raises `NotEnoughMemory` where not even a quarter of the side fits.
+    """
+    refusal = None
+    for side in (sizes.native_side, sizes.native_side // 2, sizes.native_side // 4):
+        try:
+            return make_plan(sizes, Work(height=side, width=side, dtype=dtype), budget)
+        except NotEnoughMemory as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def everything_resident(sizes: ModelSizes, dtype: str, budget: Budget) -> Plan:
+    """The plan of a model that is on the device already, whether it should or not."""
+    work, placement = Work(height=sizes.native_side, width=sizes.native_side, dtype=dtype), _everything(sizes)
+    stages = predict(sizes, work, budget, placement)
+    return Plan(placement=placement, work=work, budget=budget, stages=stages, sizes=sizes)
+
+
+def follow(plan: Plan, sizes: ModelSizes, dtype: str) -> Plan:
+    """`plan` with the peaks of a model of these sizes; `RequestError` if it was made for another."""
+    if plan.placement.blocks != len(sizes.blocks):
+        raise RequestError(
+            f"the plan is for a model of {plan.placement.blocks} blocks and this one has {len(sizes.blocks)}; make one "
+            "from this model's sizes"
+        )
+    work = replace(plan.work, dtype=dtype)
+    return replace(plan, work=work, sizes=sizes, stages=predict(sizes, work, plan.budget, plan.placement))
+
+
+def fit_picture(plan: Plan, height: int, width: int, tokens: int) -> tuple[Plan, str]:
+    """`plan` for one picture, and why it does not fit, "" if it does.
+
+    What sits where stays, and as few of the decoder's levels as the picture needs are in strips.
+    """
+    work, reason = replace(plan.work, height=height, width=width, tokens=tokens), ""
+    for levels in (0, *_levels(plan.sizes)):
+        placement = replace(plan.placement, strip_levels=levels)
+        stages = predict(plan.sizes, work, plan.budget, placement)
+        plan = replace(plan, work=work, placement=placement, stages=stages)
+        reason = _reason(stages, plan.budget)
+        if not reason:
+            break
+    return plan, reason
+
+
+def require_fit(plan: Plan, height: int, width: int, tokens: int) -> None:
+    """Raises `NotEnoughMemory` for a picture that does not fit in a budget that is an amount; of what is free by itself
+    the most frugal decode is tried."""
+    _, reason = fit_picture(plan, height, width, tokens)
+    if reason and plan.budget.name != "auto":
+        amount = plan.budget.name or "the budget"
+        raise NotEnoughMemory(
+            f"{width}x{height} does not fit in {amount}: {reason}; choose a smaller size, or load with more memory"
+        )
+
+
+def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
+    """The next rung for the work of `plan`, of which `stage` ran out of memory: what it was predicted to need is not
+    there, so the fastest placement that makes do with a twentieth less, or else the one that needs least.
+
+    What passes through the device already still does, and what waits in files stays there. Without `has_files` weights
+    can only wait in the host's memory. Raises `NotEnoughMemory` where there is none.
+    """
+    least = need = _need(plan.stages, stage)
+    budget, frugal = replace(plan.budget, device=int(STEP_DOWN * min(need, plan.budget.device))), None
+    for candidate in _placements(plan.sizes, plan.work, budget, None):
+        placement = plan.placement.or_lower(candidate)
+        for text, blocks in _sources(plan.placement, placement, budget, has_files):
+            chosen = replace(placement, text_source=text, block_source=blocks)
+            stages = predict(plan.sizes, plan.work, budget, chosen)
+            rung = replace(plan, placement=chosen, budget=budget, stages=stages)
+            if not _reason(stages, budget):
+                return rung
+            if _need(stages, stage) < least and not _reason(stages, replace(budget, device=rung.device_peak)):
+                least, frugal = _need(stages, stage), rung
+    if frugal is not None:
+        return replace(frugal, budget=replace(budget, device=frugal.device_peak))
+    size = f"{plan.work.width}x{plan.work.height}"
+    raise NotEnoughMemory(
+        f"{stage} ran out of memory at {size}, where {gib(need)} were planned for, and there is no more frugal plan; "
+        f"choose a smaller size, or free memory of the device. The plan was: {plan.placement}"
+    )
+
+
+class Planning:
+    """Makes the plan that a model is loaded for, and a lower one whenever memory ran out while it was."""
+
+    def __init__(self, make: Callable[[ModelSizes], Plan]) -> None:
+        self._make = make
+        self._plan: Plan | None = None
+
+    def __call__(self, sizes: ModelSizes) -> Plan:
+        self._plan = self._plan or self._make(sizes)
+        return self._plan
+
+    def step_down(self, reason: str) -> None:
+        """Plan for less from now on; raises `NotEnoughMemory` where there is nothing less."""
+        if self._plan is None:
+            raise NotEnoughMemory(f"memory ran out before anything was loaded ({reason}); free some of it")
+        largest = max(self._plan.stages, key=lambda stage: stage.device)
+        lowered = lower(self._plan, largest.name)
+        said = f"loading ran out of memory ({reason}); since then: {lowered.placement}"
+        self._plan = replace(lowered, stepped_down=(*self._plan.stepped_down, said))
+
+
+def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Stage, ...]:
+    """Peaks while the prompt is encoded, in the denoising steps, and while the picture is decoded."""
+    item, streams_text = work.itemsize, placement.text_encoder == "streamed"
+    slot = max(
+        max(sizes.text_layers) if streams_text else 0,
+        max(sizes.blocks) if placement.streamed_blocks else 0,
+        0 if placement.context_resident else max(sizes.context_blocks, default=0),
+    )
+    resident = sizes.transformer_rest + sizes.vae + placement.slots * slot
+    resident += sum(sizes.blocks) - sum(sizes.blocks[number] for number in placement.streamed)
+    resident += sum(sizes.context_blocks) if placement.context_resident else 0
+    resident += sizes.text_encoder if placement.text_encoder == "resident" else 0
+    kept = _kept_on_host(sizes, work, placement)
+    if budget.host is None:  # the device is the host, which looks tokens up itself
+        resident += sizes.text_rest if streams_text else 0
+        kept = 0
+    prompt = 0 if placement.text_encoder == "cpu" else text_activations(sizes, work)
+    needs = {
+        "prompt": prompt,
+        "denoising": denoise_activations(sizes, work),
+        "decoding": decode_activations(sizes, work, placement.strip_levels),
+    }
+    return tuple(Stage(name=name, device=resident * item + need, host=kept) for name, need in needs.items())
+
+
+def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
+    """Bytes of weights that stay in the host's memory. It looks tokens up, so their embedding always does."""
+    text = blocks = 0
+    if placement.text_encoder != "resident":
+        text = sizes.text_encoder if placement.text_source == "memory" else sizes.text_rest
+    if placement.block_source == "memory":
+        blocks = sum(sizes.blocks[number] for number in placement.streamed)
+        blocks += 0 if placement.context_resident else sum(sizes.context_blocks)
+    is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
+    return (text + blocks) * work.itemsize + (STAGING if is_staged else 0)
+
+
+def _placements(sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None) -> Iterator[Placement]:
+    """From the fastest to the most frugal. Strips change bits of the picture, if little, and come last."""
+    everything = _everything(sizes)
+    places = [text_encoder] if text_encoder else ["resident", "streamed"]
+    if "resident" in places:
+        yield everything
+    for levels in (0, *_levels(sizes)):
+        for place in places:
+            whole = replace(
+                everything, text_encoder=place, slots=SLOTS if place == "streamed" else 0, strip_levels=levels
+            )
+            if whole != everything:
+                yield whole
+            if place == places[-1] and budget.host is not None:
+                yield _most_resident(sizes, work, budget, replace(whole, slots=SLOTS, context_resident=False))
+
+
+def _everything(sizes: ModelSizes) -> Placement:
+    count = len(sizes.blocks)
+    return Placement(text_encoder="resident", resident_blocks=count, blocks=count, context_resident=True, slots=0)
+
+
+def _most_resident(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> Placement:
+    """With as many blocks on the device as fit there, at least none and not all."""
+    none = replace(placement, resident_blocks=0)
+    room = budget.device - max(stage.device for stage in predict(sizes, work, budget, none))
+    fit = min(max(0, room // (max(sizes.blocks) * work.itemsize)), placement.blocks - 1)
+    return replace(none, resident_blocks=fit)
+
+
+def _with_source(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Placement, str]:
+    """The placement with as much of its weights in the host's memory as fits, and why it does not fit, "" if it does.
+
+    Blocks come first: they are needed in every step, the text encoder once for each new prompt.
+    """
+    reason = ""
+    for text, blocks in _sources(None, placement, budget, has_files=True):
+        placement = replace(placement, text_source=text, block_source=blocks)
+        reason = _reason(predict(sizes, work, budget, placement), budget)
+        if not reason:
+            break
+    return placement, reason
+
+
+def _sources(current: Placement | None, placement: Placement, budget: Budget, has_files: bool) -> list[tuple[str, str]]:
+    """Where weights of `placement` may wait, the faster first; what is in files in `current` stays there.
+
+    A device that is the host has no other memory to let them wait in.
+    """
+
+    def allowed(source: str, waits: bool, before: str | None) -> bool:
+        if not waits or source == before:
+            return True
+        return before != "files" and (has_files if source == "files" else budget.host is not None)
+
+    text_before = current.text_source if current is not None and current.text_waits else None
+    blocks_before = current.block_source if current is not None and current.blocks_wait else None
+    return [
+        (text, blocks)
+        for text, blocks in (("memory", "memory"), ("files", "memory"), ("files", "files"))
+        if allowed(text, placement.text_waits, text_before) and allowed(blocks, placement.blocks_wait, blocks_before)
+    ]
+
+
+def _levels(sizes: ModelSizes) -> tuple[int, ...]:
+    return tuple(levels for levels in STRIP_LEVELS if levels < len(sizes.vae_channels))
+
+
+def _need(stages: tuple[Stage, ...], name: str) -> int:
+    return next(stage.device for stage in stages if stage.name == name)
+
+
+def _reason(stages: tuple[Stage, ...], budget: Budget) -> str:
+    worst = max(stages, key=lambda stage: stage.device)
+    if worst.device > budget.device:
+        return f"{worst.name} needs {gib(worst.device)} of the device and {gib(budget.device)} may be used"
+    host = max(stage.host for stage in stages)
+    if budget.host is not None and host > budget.host:
+        return f"{gib(host)} of the host's memory are needed and {gib(budget.host)} may be used"
+    return ""
+
+
+def _too_little(sizes: ModelSizes, work: Work, budget: Budget, last: Rejected) -> str:
+    size = f"{work.width}x{work.height}"
+    side = max(work.height, work.width)
+    while (side := side // 2 // 16 * 16) >= 256:
+        ratio = side / max(work.height, work.width)
+        height, width = (max(16, round(pixels * ratio / 16) * 16) for pixels in (work.height, work.width))
+        smaller = replace(work, height=height, width=width)
+        if any(not _with_source(sizes, smaller, budget, one)[1] for one in _placements(sizes, smaller, budget, None)):
+            return f"{size} does not fit: even with {last.placement}, {last.reason}; {width}x{height} would fit"
+    return f"{size} does not fit, nor does a smaller picture: even with {last.placement}, {last.reason}"

@@ -1,0 +1,261 @@
+"""The models of a pipeline and where they sit: its plan, the rungs below it, diffusers' names for those, and the end.
+
+`Placed` owns the models and the one lock that orders their use. Knows of a request only its size and its tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import runtime
+from .checkpoint.load import Components
+from .checkpoint.sizes import sizes_of_models
+from .errors import NotEnoughMemory, RequestError
+from .memory.budget import find_budget, peak_memory
+from .memory.ladder import Attempt, is_out_of_memory, release, with_less
+from .memory.plan import Plan
+from .memory.planner import SLOTS, everything_resident, fit_picture, follow, lower, require_fit
+from .memory.residency import Residency
+from .models.autoencoder import Autoencoder
+from .models.text_encoder import TextEncoder
+from .models.transformer import ZImageTransformer
+from .request import ResolvedRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MODELS = ("text_encoder", "transformer", "autoencoder")
+
+
+class Placed:
+    """The three models of a pipeline, where they sit, and one lock for their use."""
+
+    text_encoder: TextEncoder
+    transformer: ZImageTransformer
+    autoencoder: Autoencoder
+
+    def __init__(self, text_encoder: TextEncoder, transformer: ZImageTransformer, autoencoder: Autoencoder) -> None:
+        self.text_encoder, self.transformer, self.autoencoder = text_encoder, transformer, autoencoder
+        self._turn = threading.RLock()
+        self._residency = Residency(text_encoder.model, transformer)
+        self._plan: Plan | None = None
+        self._least_strips = 0
+        self._held_before: int | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """What sits where and the predicted peaks for a picture of the model's own size, beside what was measured.
+
+        `None` for parts that were handed in, until memory runs out or an `enable_` method plans.
+        """
+        if self._plan is None or self._held_before is None:
+            return self._plan
+        peak = peak_memory(self.device)
+        return self._plan if peak is None else replace(self._plan, measured=max(0, peak - self._held_before))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.x_pad_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.transformer.compute_dtype
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Let the text encoder pass through the device, layer by layer, for each new prompt; the transformer stays.
+
+        As in diffusers the device is the one given, or CUDA. What passes through waits in the host's memory, or where
+        the device is the CPU in the checkpoint's files. `RequestError` where there is nothing to wait in.
+        """
+        self._offload(_device_of(gpu_id, device), text_encoder="streamed")
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Let the layers of text encoder and transformer pass through the device: the least memory, the most time."""
+        self._offload(_device_of(gpu_id, device), text_encoder="streamed", resident_blocks=0, context_resident=False)
+
+    def enable_group_offload(
+        self,
+        onload_device: str | torch.device | None = None,
+        offload_device: str | torch.device = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | Collection[str] = (),
+    ) -> None:
+        """As `enable_sequential_cpu_offload`, but for `exclude_modules` ("text_encoder", "transformer").
+
+        With `offload_to_disk_path` layers wait in the checkpoint's own files, and nothing is written there. Layers
+        always move one by one, ahead of their use, so the other settings of diffusers decide nothing.
+        """
+        if torch.device(offload_device).type != "cpu":
+            raise RequestError(f"offload_device must be the CPU, got {offload_device!r}")
+        kept = {exclude_modules} if isinstance(exclude_modules, str) else set(exclude_modules)
+        changes: dict[str, Any] = {}
+        if "text_encoder" not in kept:
+            changes |= {"text_encoder": "streamed"}
+        if "transformer" not in kept:
+            changes |= {"resident_blocks": 0, "context_resident": False}
+        if offload_to_disk_path is not None:
+            changes |= {"text_source": "files", "block_source": "files"}
+        self._offload(onload_device, **changes)
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in strips, at least the finest level: half of the memory or less, in more time (see the guide)."""
+        self._least_strips = 1
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole again, where that fits."""
+        self._least_strips = 0
+
+    def enable_vae_slicing(self) -> None:
+        """Nothing to do: pictures are always decoded one at a time."""
+
+    disable_vae_slicing = enable_vae_slicing
+
+    def close(self) -> None:
+        """Let go of the models; the pipeline cannot be used afterwards. Modules that were handed in stay as they are.
+
+        `with` does it at the end of its block.
+        """
+        with self._turn:
+            self._residency.close()
+            for name in _MODELS:
+                vars(self).pop(name, None)
+        release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _MODELS:
+            raise RequestError("this pipeline was closed; load it again")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def _follow(self, loaded: Components, device: torch.device, held_before: int | None) -> None:
+        """Let the plan that `loaded` was loaded for go on: what it streams passes through `device`."""
+        self._plan, self._held_before = loaded.plan, held_before
+        placement = loaded.plan.placement if loaded.plan else None
+        self._residency.close()
+        self._residency = Residency(
+            self.text_encoder.model,
+            self.transformer,
+            placement=placement,
+            device=device,
+            layers=loaded.layers,
+            read=loaded.read,
+        )
+        if placement is not None and placement.text_encoder == "streamed":
+            self.text_encoder.device = device
+
+    def _fit(self, request: ResolvedRequest) -> None:
+        """Raises `NotEnoughMemory` if a picture does not fit in the amount that the model was loaded with."""
+        if self._plan is not None:
+            require_fit(self._plan, request.height, request.width, request.max_sequence_length)
+
+    def _strip_levels(self, request: ResolvedRequest) -> int:
+        """How many of the decoder's levels a picture needs in strips."""
+        if self._plan is None:
+            return self._least_strips
+        fitted, _ = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
+        return max(self._least_strips, fitted.placement.strip_levels)
+
+    def _attempt(self, stage: str, request: ResolvedRequest) -> Attempt:
+        """Computes a stage ("prompt", "denoising", "decoding") of a picture; where memory runs out, again with less."""
+        return partial(with_less, step_down=partial(self._step_down, stage, request))
+
+    def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
+        """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""
+        plan = self._planned()
+        fitted, _ = fit_picture(plan, request.height, request.width, request.max_sequence_length)
+        lowered = lower(fitted, stage, has_files=self._residency.read is not None)
+        kept, _ = fit_picture(
+            replace(plan, placement=lowered.placement, budget=lowered.budget),
+            plan.work.height, plan.work.width, plan.work.tokens,
+        )  # fmt: skip
+        sentence = f"{stage} ran out of memory at {request.width}x{request.height} ({reason}); since then: "
+        self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)
+
+    def _offload(self, device: str | torch.device | None, **changes: Any) -> None:
+        with self._turn:
+            target = self.device if device is None and self.device.type != "cpu" else runtime.choose_device(device)
+            plan = self._planned()
+            wanted = replace(plan.placement, slots=max(SLOTS, plan.placement.slots), **changes)
+            has_files, on_host = self._residency.read is not None, target.type != "cuda"
+            if on_host:
+                wanted = replace(wanted, text_source="files", block_source="files")
+            if not has_files and "files" in (wanted.text_source, wanted.block_source):
+                raise RequestError(
+                    f"on {target} weights can only wait in the checkpoint's files, and these parts were handed in; "
+                    "load the model with from_pretrained, or use a CUDA device"
+                )
+            placement = plan.placement.or_lower(wanted)
+            self._move(follow(replace(plan, placement=placement), plan.sizes, plan.work.dtype), target)
+
+    def _rungs(self) -> tuple[str, ...]:
+        """What was said each time that memory ran out, until now."""
+        return self._plan.stepped_down if self._plan else ()
+
+    def _planned(self) -> Plan:
+        """The plan, or for parts that were handed in the one that they are in: everything resident."""
+        if self._plan is not None:
+            return self._plan
+        models = (self.text_encoder.model, self.transformer, self.autoencoder.vae)
+        return everything_resident(
+            sizes_of_models(*models), str(self.dtype).removeprefix("torch."), find_budget("auto", self.device)
+        )
+
+    def _move(self, plan: Plan, device: torch.device) -> None:
+        try:
+            self._residency.place(plan.placement, device)
+            self.autoencoder.vae.to(device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemory(f"memory ran out while layers were moved for this plan: {plan}") from error
+        if plan.placement.text_encoder == "streamed":
+            self.text_encoder.device = device
+        if device != self.device:
+            self.text_encoder.forget()
+        self._plan = plan
+
+    def _require_resident(self, what: str) -> None:
+        if self._residency.streams:
+            raise RequestError(
+                f"parts of this pipeline pass through the device as its plan has it, so it cannot be {what}; load it "
+                "again with the device, dtype and memory that are wanted"
+            )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
+        device = self.device.type
+        with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+
+
+def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:
+    """diffusers' two ways to name a device as one."""
+    if gpu_id is None:
+        return device
+    kind = torch.device(device or "cuda")
+    if kind.index not in (None, gpu_id):
+        raise RequestError(f"gpu_id={gpu_id} and device={device!r} are two devices; leave one out")
+    return f"{kind.type}:{gpu_id}"
