@@ -197,6 +197,8 @@ class Placed:
         with self._turn:
             target = self.device if device is None and self.device.type != "cpu" else runtime.choose_device(device)
             plan = self._planned()
+            if target.type != self.device.type:
+                plan = replace(plan, budget=find_budget("auto", target))
             wanted = replace(plan.placement, slots=max(SLOTS, plan.placement.slots), **changes)
             has_files, on_host = self._residency.read is not None, target.type != "cuda"
             if on_host:

@@ -98,3 +98,49 @@ def test_the_predicted_peak_is_the_measured_one(
     assert pipe.plan is not None
     measured = torch.cuda.max_memory_allocated() - before
     assert pipe.plan.device_peak == pytest.approx(measured, rel=0.1)
+
+
+def test_a_card_that_is_too_small_is_made_do_with(folder: Path, resident: ZImagePipeline) -> None:
+    """The allocator is capped below what everything resident needs."""
+    expected = resident("a fox", **PICTURE).images[0].tobytes()
+    device = torch.device("cuda")
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    pipe.text_encoder.forget()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pipe("a fox", **PICTURE)
+    pipe.text_encoder.forget()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.max_memory_allocated() - 2**24) / total, device)
+        output = pipe("a fox", **PICTURE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert output.stepped_down
+    if "decode whole" in output.stepped_down[-1]:
+        assert output.images[0].tobytes() == expected
+
+
+@pytest.mark.parametrize("name", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"])
+def test_the_names_of_diffusers(folder: Path, resident: ZImagePipeline, name: str) -> None:
+    """Also from parts that were handed in and are on the CPU, as a script for diffusers has them."""
+    expected = resident("a fox", **PICTURE).images[0].tobytes()
+    loaded = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    handed_in = ZImagePipeline.from_diffusers(
+        ZImagePipeline.from_pretrained(folder, device="cpu", dtype="bfloat16").to_diffusers()
+    )
+    for pipe in (loaded, handed_in):
+        getattr(pipe, name)()
+        assert pipe.device.type == "cuda"
+        assert pipe("a fox", **PICTURE).images[0].tobytes() == expected
+
+
+def test_nothing_is_left_on_the_device(folder: Path) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    pipe.enable_sequential_cpu_offload()
+    pipe("a fox", **PICTURE)
+    pipe.close()
+    assert torch.cuda.memory_allocated() == before
