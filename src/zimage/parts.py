@@ -6,6 +6,7 @@ Knows nothing of steps or pixels; where the models sit in memory is `placed`'s.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,11 @@ from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
 from .checkpoint.locate import locate
 from .checkpoint.save import save_components
-from .errors import RequestError
+from .errors import RequestError, ZImageWarning
 from .memory.budget import find_budget, held_memory
 from .memory.ladder import with_less
 from .memory.plan import Plan, parse_memory
-from .memory.planner import Planning, follow, plan_model
+from .memory.planner import Planning, check_weights, follow, plan_model
 from .memory.sizes import ModelSizes
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
@@ -71,6 +72,7 @@ class Parts(Placed):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         memory: str | int | Plan = "auto",
+        weight_dtype: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -87,6 +89,9 @@ class Parts(Placed):
             device: by default CUDA, MPS or the CPU, the first there is.
             memory: of the device, how much may be used: "auto" is what is free, "16GB" or "12GiB" no more than that.
                 What does not fit passes through, layer by layer; see `plan`. Or a plan of one's own.
+            weight_dtype: what the layers' weights are stored as: "int8", "float8" or "nf4" take a half or a quarter of
+                the memory and change the picture somewhat; "full" is the dtype. Left out, it is int8 where nothing else
+                fits, with a warning, and full otherwise.
             revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
             low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
 
@@ -97,12 +102,16 @@ class Parts(Placed):
             raise RequestError("dtype and torch_dtype are both given; they are one setting, leave torch_dtype out")
         if not isinstance(memory, Plan):
             parse_memory(memory)
+        elif weight_dtype is not None:
+            raise RequestError("memory is a plan, which says what weights are stored as; leave weight_dtype out")
+        check_weights(weight_dtype)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
         before = held_memory(target)
-        planning = Planning(partial(_plan, memory=memory, dtype=precision, device=target))
+        make = partial(_plan, memory=memory, dtype=precision, device=target, weights=weight_dtype)
+        planning = Planning(make)
         load = partial(load_components, place.folder, dtype=precision, device=target, planner=planning)
         parts = with_less(load, planning.step_down)
         source = place.hub_id or place.demo or runtime.portable_path(place.folder)
@@ -117,6 +126,8 @@ class Parts(Placed):
             folder=place.folder,
         )
         made._follow(parts, target, before)
+        if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
+            _warn_of_weights(parts.plan)
         return made
 
     @classmethod
@@ -146,6 +157,7 @@ class Parts(Placed):
             shift=self.shift,
             folder=self._folder,
         )
+        self._require_plain("saved")
         with self._turn:
             save_components(parts, folder, max_shard_size=max_shard_size)
 
@@ -164,6 +176,7 @@ class Parts(Placed):
         if place == self.device and precision == self.dtype:
             return self
         self._require_resident("moved or converted")
+        self._require_plain("moved or converted")
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
@@ -176,9 +189,24 @@ class Parts(Placed):
         return components.limits_of(self.transformer.config, self.autoencoder.vae.config)
 
 
-def _plan(sizes: ModelSizes, *, memory: str | int | Plan, dtype: torch.dtype, device: torch.device) -> Plan:
+def _plan(
+    sizes: ModelSizes, *, memory: str | int | Plan, dtype: torch.dtype, device: torch.device, weights: str | None
+) -> Plan:
     """The plan for pictures of the size that the model was trained on, or the one that was given."""
     precision = str(dtype).removeprefix("torch.")
     if isinstance(memory, Plan):
         return follow(memory, sizes, precision)
-    return plan_model(sizes, precision, find_budget(memory, device))
+    return plan_model(sizes, precision, find_budget(memory, device), weights=weights)
+
+
+def _warn_of_weights(plan: Plan) -> None:
+    """Where the plan alone decided that weights are stored in fewer bits."""
+    if not plan.placement.weights:
+        return
+    warnings.warn(
+        f"the weights do not fit in {plan.budget.name or 'the memory'} in {plan.work.dtype}, so they are stored in "
+        f"{plan.placement.weights}, which changes pictures somewhat; weight_dtype='full' refuses instead, "
+        f"weight_dtype={plan.placement.weights!r} says that it is meant",
+        ZImageWarning,
+        stacklevel=3,
+    )

@@ -167,7 +167,7 @@ class ZImagePipeline(Parts):
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
-            runtime=runtime.describe(self.device, self.dtype, strip_levels),
+            runtime=runtime.describe(self.device, self.dtype, strip_levels, self.weights),
             pixels=pixel_digest(image),
         )
 

@@ -70,6 +70,11 @@ class Placed:
         """What the transformer computes in."""
         return self.transformer.compute_dtype
 
+    @property
+    def weights(self) -> str | None:
+        """What layers are stored as, "int8", "float8" or "nf4"; `None` in full."""
+        return self._plan.placement.weights if self._plan else None
+
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
         """Let the text encoder pass through the device, layer by layer, for each new prompt; the transformer stays.
 
@@ -237,6 +242,13 @@ class Placed:
         if device != self.device:
             self.text_encoder.forget()
         self._plan = plan
+
+    def _require_plain(self, what: str) -> None:
+        if self.weights is not None:
+            raise RequestError(
+                f"the weights of this pipeline are stored in {self.weights}, so it cannot be {what}; "
+                "load it again with weight_dtype='full'"
+            )
 
     def _require_resident(self, what: str) -> None:
         if self._residency.streams:

@@ -27,8 +27,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def describe(device: torch.device, dtype: torch.dtype, strip_levels: int = 0) -> dict[str, str]:
-    """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode."""
+def describe(
+    device: torch.device, dtype: torch.dtype, strip_levels: int = 0, weights: str | None = None
+) -> dict[str, str]:
+    """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode, and what
+    `weights` are stored as if not in `dtype`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "zimage": __version__,
@@ -38,6 +41,7 @@ def describe(device: torch.device, dtype: torch.dtype, strip_levels: int = 0) ->
         "dtype": str(dtype).removeprefix("torch."),
         "device": name,
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+        "weights": weights or "full",
         "decode": f"{strip_levels} in strips" if strip_levels else "whole",
     }
 

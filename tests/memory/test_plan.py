@@ -107,7 +107,43 @@ def test_a_device_that_is_the_host() -> None:
     assert plan.placement.text_source == "files"
     assert plan.device_peak < 13 * GIB
     with pytest.raises(NotEnoughMemory, match="even with text encoder streamed, transformer resident"):
-        make_plan(RELEASED, work, Budget(device=12 * GIB, host=None))
+        make_plan(RELEASED, work, Budget(device=12 * GIB, host=None), weights="full")
+    plan = make_plan(RELEASED, work, Budget(device=12 * GIB, host=None))
+    assert str(plan.placement) == "text encoder resident, transformer resident, decode whole, weights in int8"
+    assert [one.placement.weights for one in plan.rejected] == [None] * len(plan.rejected)
+
+
+@pytest.mark.parametrize(("weights", "block"), [("full", 2.0), ("int8", 1.0), ("float8", 1.0), ("nf4", 0.5625)])
+def test_weights_of_fewer_bits(weights: str, block: float) -> None:
+    """Of what moves; embedders, modulations and the final layer stay, and a product needs its weight widened."""
+    work = Work(tokens=128)
+    plan = make_plan(RELEASED, work, card(80), weights=weights)
+    layers = sum(RELEASED.text_layers) + sum(RELEASED.blocks) + sum(RELEASED.context_blocks)
+    rest = RELEASED.text_rest + RELEASED.transformer_rest + RELEASED.vae
+    widened = 0 if weights == "full" else 2 * 3840 * 10240
+    assert plan.stages[1].device == pytest.approx(
+        block * layers + 2 * rest + denoise_activations(RELEASED, work) + widened, rel=1e-6
+    )
+    streamed = make_plan(RELEASED, work, card(4), weights=weights)
+    assert streamed.placement.weights == (None if weights == "full" else weights)
+    moved = RELEASED.blocks[0] * streamed.placement.streamed_blocks
+    moved += 0 if streamed.placement.context_resident else sum(RELEASED.context_blocks)
+    text = sum(RELEASED.text_layers) * block + 2 * RELEASED.text_rest
+    assert streamed.host_peak == pytest.approx(moved * block + text, rel=0.01)
+
+
+def test_int8_only_where_nothing_else_fits() -> None:
+    work = Work(tokens=128)
+    assert make_plan(RELEASED, work, card(4)).placement.weights is None
+    assert make_plan(RELEASED, work, card(2.7)).placement.weights == "int8"
+    with pytest.raises(RequestError, match="weight_dtype must be full, int8, float8, nf4, or left out; got 'int4'"):
+        make_plan(RELEASED, work, card(80), weights="int4")
+
+
+def test_a_rung_keeps_what_weights_are_stored_as() -> None:
+    for weights in ("full", "int8"):
+        plan = make_plan(RELEASED, Work(tokens=128), card(80), weights=weights)
+        assert {rung.placement.weights for rung in rungs(plan, "denoising")} == {plan.placement.weights}
 
 
 def test_a_text_encoder_that_is_told_where_to_be() -> None:
@@ -152,6 +188,9 @@ def test_every_plan_fits_and_no_faster_one_did(
     for other in plan.rejected:
         assert not fits(replace(plan, stages=predict(RELEASED, work, budget, other.placement)))
     richer = make_plan(RELEASED, work, replace(budget, device=budget.device + GIB))
+    if richer.placement.weights != plan.placement.weights:
+        assert richer.placement.weights is None, "more memory never makes weights smaller"
+        return
     assert richer.placement.strip_levels <= plan.placement.strip_levels
     if richer.placement.strip_levels == plan.placement.strip_levels:
         assert richer.placement.resident_blocks >= plan.placement.resident_blocks
@@ -203,8 +242,8 @@ def test_a_plan_as_text_and_as_data() -> None:
 def test_a_model_that_is_too_large_for_its_own_size_is_planned_for_a_smaller_one() -> None:
     budget = card(2.9)
     with pytest.raises(NotEnoughMemory):
-        make_plan(RELEASED, Work(), budget)
-    assert plan_model(RELEASED, "bfloat16", budget).work == Work(height=512, width=512)
+        make_plan(RELEASED, Work(), budget, weights="full")
+    assert plan_model(RELEASED, "bfloat16", budget, weights="full").work == Work(height=512, width=512)
     assert plan_model(RELEASED, "bfloat16", card(12)).work == Work()
     with pytest.raises(NotEnoughMemory, match="1024x1024 does not fit"):
         plan_model(RELEASED, "bfloat16", card(1))

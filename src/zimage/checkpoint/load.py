@@ -21,6 +21,7 @@ from ..memory.plan import Plan
 from ..memory.residency import Reader, streamed_names
 from ..memory.ring import Field, Layer
 from ..memory.sizes import ModelSizes
+from ..models.quantized import quantize
 from ..models.transformer import ZImageTransformer
 from .configs import PARTS
 from .reading import reason
@@ -88,6 +89,10 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
     assert configs.text_encoder is not None  # the survey found no errors
     assert configs.shift is not None
     layers: list[Layer] = []
+    if plan is not None and plan.placement.weights:
+        quantize(found.blanks["text_encoder"].module, plan.placement.weights, "layers")
+        transformer = found.blanks["transformer"].module
+        quantize(transformer, plan.placement.weights, "noise_refiner", "context_refiner", "layers")
     for component in PARTS:
         blank, weights = found.blanks[component], found.weights[component]
         streamed = streamed_names(plan.placement, component, blank.module) if plan else []

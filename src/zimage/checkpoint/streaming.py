@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..memory.ring import STAYS, Field, Layer, bind, layout
+from ..models.quantized import QuantizedLinear
 from .modules import Blank
 from .shards import Weights
 from .tensors import LayerFile
@@ -23,9 +24,10 @@ def streamed_layer(
     """The module `name` as a layer that passes through: `source` "memory" holds its bytes on the host, "files" reads
     them each time."""
     module = blank.module.get_submodule(name)
-    for parameter in module.parameters():
-        if parameter.is_meta:
-            parameter.data = parameter.data.to(dtype)
+    for owner in module.modules():
+        for one, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta and not (isinstance(owner, QuantizedLinear) and one != "bias"):
+                parameter.data = parameter.data.to(dtype)
     fields, size = layout(module)
     file = layer_file(blank, weights, name, fields)
     if source == "files":
@@ -39,4 +41,10 @@ def streamed_layer(
 def layer_file(blank: Blank, weights: Weights, name: str, fields: Sequence[Field]) -> LayerFile:
     """What reads the `fields` of the module `name` from the files."""
     by_target = {f"{name}.{field.path}": field for field in fields}
-    return LayerFile(weights, {stored: by_target[to] for stored, to in blank.targets.items() if to in by_target})
+    stored = {found: to for found, to in blank.targets.items() if to in by_target}
+    scales = {found: f"{to.removesuffix('weight')}scale" for found, to in stored.items()}
+    return LayerFile(
+        weights,
+        {found: by_target[to] for found, to in stored.items()},
+        {found: by_target[to] for found, to in scales.items() if to in by_target},
+    )

@@ -26,6 +26,7 @@ from .options import (
     LocalFilesOnly,
     Memory,
     Quiet,
+    WeightDtype,
     check_request,
     choose_model,
     read_normalization,
@@ -65,6 +66,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     memory: Memory = None,
+    weight_dtype: WeightDtype = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
     cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
@@ -102,7 +104,15 @@ def generate(
 
     from .. import ZImagePipeline
 
-    place = _given(variant=variant, dtype=dtype, device=device, memory=memory, revision=revision, cache_dir=cache_dir)
+    place = _given(
+        variant=variant,
+        dtype=dtype,
+        device=device,
+        memory=memory,
+        weight_dtype=weight_dtype,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
     offline = local_files_only or choice.is_there
     pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
     resolved = [pipe.resolve(request) for request in requests]

@@ -33,6 +33,9 @@ class State:
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu; the best if not given.")]
 Memory = Annotated[str | None, typer.Option("--memory", help="Of the device, at most: 16GB, 12GiB; or auto.")]
+WeightDtype = Annotated[
+    str | None, typer.Option("--weight-dtype", help="What weights are stored as: full, int8, float8 or nf4.")
+]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads, not the hub's cache.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file if it exists.")]

@@ -13,7 +13,7 @@ from ..memory.planner import make_plan
 from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
 from ..request import GenerationRequest
 from .checkpoints import table
-from .options import MODEL_HELP, MODEL_VARIABLE, Dtype, Json, check_request, is_released, read_size
+from .options import MODEL_HELP, MODEL_VARIABLE, Dtype, Json, WeightDtype, check_request, is_released, read_size
 
 
 def plan(
@@ -29,6 +29,7 @@ def plan(
     text_encoder: Annotated[
         str | None, typer.Option("--text-encoder", help="resident, streamed or cpu; chosen if not given.")
     ] = None,
+    weight_dtype: WeightDtype = None,
     json: Json = False,
 ) -> None:
     """Say what would sit where, and the memory that a picture would need.
@@ -39,7 +40,9 @@ def plan(
     sides = read_size(size or str(sizes.native_side), None, None)
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
     work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
-    found = make_plan(sizes, work, _budget(memory, host_memory, device), text_encoder=text_encoder)
+    found = make_plan(
+        sizes, work, _budget(memory, host_memory, device), text_encoder=text_encoder, weights=weight_dtype
+    )
     if json:
         print(json_format.dumps({"model": model, **found.to_dict()}))
     else:

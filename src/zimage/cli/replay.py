@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Cancelled, CheckpointError, RequestError
+from ..memory.planner import FULL
+from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
 from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Memory, Quiet
 from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
@@ -98,7 +100,7 @@ def _load(
     trusted = bool(model) or any(source == variant.hub_id for variant in VARIANTS.values())
     recorded = recipe.model["revision"]
     revision = recorded if not model and re.fullmatch(r"[0-9a-f]{40}", recorded) else None
-    dtype = recipe.runtime.get("dtype", "")
+    dtype, weights = recipe.runtime.get("dtype", ""), recipe.runtime.get("weights", "")
     _use_threads(recipe)
 
     from .. import ZImagePipeline
@@ -110,6 +112,7 @@ def _load(
             dtype=dtype if dtype in _DTYPES else None,
             device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),
             memory=memory,
+            weight_dtype=weights if weights in (FULL, *STORED_BYTES) else None,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only or not trusted,

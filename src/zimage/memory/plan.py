@@ -64,6 +64,8 @@ class Placement:
         strip_levels: how many of the decoder's resolutions are computed in strips, 0 to 2.
         text_source, block_source: where what is streamed comes from: "memory" or, where the host has not enough of it,
             "files".
+        weights: what the layers of text encoder and transformer are stored as, "int8", "float8" or "nf4"; None is the
+            precision that they compute in. Modulations, embedders and the final layer always have that.
     """
 
     text_encoder: str
@@ -74,6 +76,7 @@ class Placement:
     strip_levels: int = 0
     text_source: str = "memory"
     block_source: str = "memory"
+    weights: str | None = None
 
     @property
     def streamed_blocks(self) -> int:
@@ -123,6 +126,7 @@ class Placement:
             if self.strip_levels
             else "decode whole",
         ]
+        parts += [f"weights in {self.weights}"] if self.weights else []
         return ", ".join(parts)
 
 

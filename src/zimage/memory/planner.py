@@ -11,7 +11,15 @@ from dataclasses import replace
 
 from ..errors import NotEnoughMemory, RequestError
 from .plan import Budget, Placement, Plan, Rejected, Stage, gib
-from .sizes import ModelSizes, Work, decode_activations, denoise_activations, text_activations
+from .sizes import (
+    STORED_BYTES,
+    ModelSizes,
+    Work,
+    decode_activations,
+    denoise_activations,
+    text_activations,
+    widened_weight,
+)
 
 SLOTS = 2
 """Places on the device that streamed layers pass through: one computes while the other is filled."""
@@ -19,19 +27,26 @@ STRIP_LEVELS = (1, 2)
 """How many of the decoder's resolutions may be computed in strips: each halves what a decode needs, or better."""
 STAGING = 32 << 20
 """Bytes of host memory that weights pass through on their way from a file."""
+FULL, FALLBACK = "full", "int8"
+"""How weights are asked for in the compute type, and what they are stored as where nothing fits in that."""
 STEP_DOWN = 0.95
 """Of what a stage was predicted to need and did not get, what the next rung may use."""
 
 
-def make_plan(sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: str | None = None) -> Plan:
+def make_plan(
+    sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: str | None = None, weights: str | None = None
+) -> Plan:
     """The first placement that fits `budget`; `text_encoder` fixes where that is (see `Placement`).
 
-    Raises `NotEnoughMemory` naming what would fit, `RequestError` for a wrong `text_encoder`.
+    `weights` fixes what layers are stored as: "int8", "float8", "nf4", or "full" for the compute type; without it they
+    are in full and, where nothing fits so, in int8. Raises `NotEnoughMemory` naming what would fit, `RequestError` for
+    wrong options.
     """
+    check_weights(weights)
     if text_encoder not in (None, "resident", "streamed", "cpu"):
         raise RequestError(f"text_encoder must be 'resident', 'streamed' or 'cpu', got {text_encoder!r}")
     rejected: list[Rejected] = []
-    for placement in _placements(sizes, work, budget, text_encoder):
+    for placement in _choices(sizes, work, budget, text_encoder, weights):
         chosen, reason = _with_source(sizes, work, budget, placement)
         if not reason:
             stages = predict(sizes, work, budget, chosen)
@@ -39,10 +54,17 @@ def make_plan(sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: st
                 placement=chosen, work=work, budget=budget, stages=stages, sizes=sizes, rejected=tuple(rejected)
             )
         rejected.append(Rejected(placement=chosen, reason=reason))
-    raise NotEnoughMemory(_too_little(sizes, work, budget, rejected[-1]))
+    raise NotEnoughMemory(_too_little(sizes, work, budget, rejected[-1], weights))
 
 
-def plan_model(sizes: ModelSizes, dtype: str, budget: Budget) -> Plan:
+def check_weights(weights: str | None) -> None:
+    """Raises `RequestError` for what weights cannot be stored as."""
+    if weights not in (None, FULL, *STORED_BYTES):
+        known = ", ".join([FULL, *STORED_BYTES])
+        raise RequestError(f"weight_dtype must be {known}, or left out; got {weights!r}")
+
+
+def plan_model(sizes: ModelSizes, dtype: str, budget: Budget, *, weights: str | None = None) -> Plan:
     """The plan for pictures of the size that the model was trained on or, where that does not fit, of a smaller one.
 
     Raises `NotEnoughMemory` where not even a quarter of the side fits.
@@ -50,7 +72,7 @@ def plan_model(sizes: ModelSizes, dtype: str, budget: Budget) -> Plan:
     refusal = None
     for side in (sizes.native_side, sizes.native_side // 2, sizes.native_side // 4):
         try:
-            return make_plan(sizes, Work(height=side, width=side, dtype=dtype), budget)
+            return make_plan(sizes, Work(height=side, width=side, dtype=dtype), budget, weights=weights)
         except NotEnoughMemory as error:
             refusal = refusal or error
     assert refusal is not None
@@ -111,7 +133,7 @@ def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
     """
     least = need = _need(plan.stages, stage)
     budget, frugal = replace(plan.budget, device=int(STEP_DOWN * min(need, plan.budget.device))), None
-    for candidate in _placements(plan.sizes, plan.work, budget, None):
+    for candidate in _placements(plan.sizes, plan.work, budget, None, plan.placement.weights):
         placement = plan.placement.or_lower(candidate)
         for text, blocks in _sources(plan.placement, placement, budget, has_files):
             chosen = replace(placement, text_source=text, block_source=blocks)
@@ -153,44 +175,62 @@ class Planning:
 
 def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Stage, ...]:
     """Peaks while the prompt is encoded, in the denoising steps, and while the picture is decoded."""
-    item, streams_text = work.itemsize, placement.text_encoder == "streamed"
+    item, stored = work.itemsize, _stored_bytes(work, placement)
+    streams_text = placement.text_encoder == "streamed"
     slot = max(
         max(sizes.text_layers) if streams_text else 0,
         max(sizes.blocks) if placement.streamed_blocks else 0,
         0 if placement.context_resident else max(sizes.context_blocks, default=0),
     )
-    resident = sizes.transformer_rest + sizes.vae + placement.slots * slot
-    resident += sum(sizes.blocks) - sum(sizes.blocks[number] for number in placement.streamed)
-    resident += sum(sizes.context_blocks) if placement.context_resident else 0
-    resident += sizes.text_encoder if placement.text_encoder == "resident" else 0
-    kept = _kept_on_host(sizes, work, placement)
-    if budget.host is None:  # the device is the host, which looks tokens up itself
-        resident += sizes.text_rest if streams_text else 0
-        kept = 0
-    prompt = 0 if placement.text_encoder == "cpu" else text_activations(sizes, work)
+    layers = placement.slots * slot
+    layers += sum(sizes.blocks) - sum(sizes.blocks[number] for number in placement.streamed)
+    layers += sum(sizes.context_blocks) if placement.context_resident else 0
+    layers += sum(sizes.text_layers) if placement.text_encoder == "resident" else 0
+    rest = sizes.transformer_rest + sizes.vae
+    # Where the device is the host it looks tokens up itself.
+    rest += sizes.text_rest if not placement.text_waits or (budget.host is None and streams_text) else 0
+    resident = int(layers * stored) + rest * item
+    kept = 0 if budget.host is None else _kept_on_host(sizes, work, placement)
+    text_weight, block_weight = widened_weight(sizes, work) if placement.weights else (0, 0)
     needs = {
-        "prompt": prompt,
-        "denoising": denoise_activations(sizes, work),
+        "prompt": 0 if placement.text_encoder == "cpu" else text_activations(sizes, work) + text_weight,
+        "denoising": denoise_activations(sizes, work) + block_weight,
         "decoding": decode_activations(sizes, work, placement.strip_levels),
     }
-    return tuple(Stage(name=name, device=resident * item + need, host=kept) for name, need in needs.items())
+    return tuple(Stage(name=name, device=resident + need, host=kept) for name, need in needs.items())
+
+
+def _stored_bytes(work: Work, placement: Placement) -> float:
+    """Bytes of a parameter of the layers that can move."""
+    return STORED_BYTES[placement.weights] if placement.weights else work.itemsize
 
 
 def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     """Bytes of weights that stay in the host's memory. It looks tokens up, so their embedding always does."""
-    text = blocks = 0
-    if placement.text_encoder != "resident":
-        text = sizes.text_encoder if placement.text_source == "memory" else sizes.text_rest
+    layers = 0
+    if placement.text_waits and placement.text_source == "memory":
+        layers += sum(sizes.text_layers)
     if placement.block_source == "memory":
-        blocks = sum(sizes.blocks[number] for number in placement.streamed)
-        blocks += 0 if placement.context_resident else sum(sizes.context_blocks)
+        layers += sum(sizes.blocks[number] for number in placement.streamed)
+        layers += 0 if placement.context_resident else sum(sizes.context_blocks)
+    rest = sizes.text_rest if placement.text_waits else 0
     is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
-    return (text + blocks) * work.itemsize + (STAGING if is_staged else 0)
+    return int(layers * _stored_bytes(work, placement)) + rest * work.itemsize + (STAGING if is_staged else 0)
 
 
-def _placements(sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None) -> Iterator[Placement]:
+def _choices(
+    sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None, weights: str | None
+) -> Iterator[Placement]:
+    """What may be chosen: weights as they are asked for, or in full and then in int8, which changes pictures."""
+    for stored in (None, FALLBACK) if weights is None else (None if weights == FULL else weights,):
+        yield from _placements(sizes, work, budget, text_encoder, stored)
+
+
+def _placements(
+    sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None, weights: str | None
+) -> Iterator[Placement]:
     """From the fastest to the most frugal. Strips change bits of the picture, if little, and come last."""
-    everything = _everything(sizes)
+    everything = replace(_everything(sizes), weights=weights)
     places = [text_encoder] if text_encoder else ["resident", "streamed"]
     if "resident" in places:
         yield everything
@@ -214,7 +254,7 @@ def _most_resident(sizes: ModelSizes, work: Work, budget: Budget, placement: Pla
     """With as many blocks on the device as fit there, at least none and not all."""
     none = replace(placement, resident_blocks=0)
     room = budget.device - max(stage.device for stage in predict(sizes, work, budget, none))
-    fit = min(max(0, room // (max(sizes.blocks) * work.itemsize)), placement.blocks - 1)
+    fit = min(max(0, int(room // (max(sizes.blocks) * _stored_bytes(work, placement)))), placement.blocks - 1)
     return replace(none, resident_blocks=fit)
 
 
@@ -270,13 +310,14 @@ def _reason(stages: tuple[Stage, ...], budget: Budget) -> str:
     return ""
 
 
-def _too_little(sizes: ModelSizes, work: Work, budget: Budget, last: Rejected) -> str:
+def _too_little(sizes: ModelSizes, work: Work, budget: Budget, last: Rejected, weights: str | None) -> str:
     size = f"{work.width}x{work.height}"
     side = max(work.height, work.width)
     while (side := side // 2 // 16 * 16) >= 256:
         ratio = side / max(work.height, work.width)
         height, width = (max(16, round(pixels * ratio / 16) * 16) for pixels in (work.height, work.width))
         smaller = replace(work, height=height, width=width)
-        if any(not _with_source(sizes, smaller, budget, one)[1] for one in _placements(sizes, smaller, budget, None)):
+        choices = _choices(sizes, smaller, budget, None, weights)
+        if any(not _with_source(sizes, smaller, budget, one)[1] for one in choices):
             return f"{size} does not fit: even with {last.placement}, {last.reason}; {width}x{height} would fit"
     return f"{size} does not fit, nor does a smaller picture: even with {last.placement}, {last.reason}"

@@ -97,7 +97,7 @@ class Residency:
         assert callable(read)
         read(buffer)
         for one in fields:
-            if not torch.equal(one.view(buffer), one.parameter.to(_HOST)):
+            if not torch.equal(_bytes(one.view(buffer)), _bytes(one.parameter.to(_HOST))):
                 raise NotEnoughMemory(
                     f"{component}.{name}.{one.path} was changed after loading and cannot be read from its file again; "
                     "choose a smaller size, or load with the memory that is there"
@@ -149,6 +149,10 @@ class Residency:
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if self._ring is not None:
             self._ring.leave(module)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def streamed_names(placement: Placement, component: str, module: Any) -> list[str]:

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number in each precision that a pipeline runs in."""
 
+NF4_BLOCK = 64
+"""Weights of NF4 that share a scale."""
+STORED_BYTES = {"int8": 1.0, "float8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}
+"""Bytes of a weight that is stored in fewer than 16 bits, scales included; those of whole rows are a thousandth."""
+
 TOKEN_MULTIPLE = 32
 TOKEN_SIDE = 16
 """Pixels per side of an image token: 8 of the autoencoder times a patch of 2."""
@@ -108,6 +113,12 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
     kept = (SCHEDULE_STEPS * 4 * (len(sizes.blocks) + 1) + caption) * sizes.dim * work.itemsize
     latents = 8 * 16 * 4 * (work.height // LATENT_SIDE) * (work.width // LATENT_SIDE)
     return (image + caption) * sizes.dim * per_channel + kept + latents
+
+
+def widened_weight(sizes: ModelSizes, work: Work) -> tuple[int, int]:
+    """Bytes of the widest weight of a text layer and of a block in the compute type, which a product with it needs."""
+    hidden = sizes.dim * 8 // 3
+    return sizes.text_width * sizes.text_intermediate * work.itemsize, sizes.dim * hidden * work.itemsize
 
 
 def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:

@@ -1,0 +1,121 @@
+"""Linear layers whose weights take 4 or 8 bits: rounded row by row while they are loaded, widened when they are used.
+
+What comes in and goes out has the compute type, so a layer stands where the plain one stood. Meant are those of the
+blocks, without modulations, embedders and the final layer, which are few and which images depend on most. Knows no
+files and no plans.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ..memory.sizes import NF4_BLOCK
+
+INT8_MOST, FLOAT8_MOST = 127.0, 448.0
+"""The largest values of int8 (symmetric) and of float8 e4m3 (arXiv 2209.05433, table 1)."""
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The sixteen values of NF4: quantiles of a normal distribution (arXiv 2305.14314, appendix E)."""
+
+NF4_PIECE = 2**22
+"""Numbers of NF4 that are widened at a time."""
+
+SKIPPED = ("adaLN_modulation",)
+"""Parts of a block that keep the compute type."""
+
+STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "nf4": torch.uint8}
+"""What the weights of each kind are stored as; of nf4 two to a byte."""
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer of `kind` "int8", "float8" or "nf4" with the parameters of diffusers' or transformers' plain one.
+
+    `weight` (out, in) holds what is stored, of nf4 (out, in / 2); `scale` in float32 is what that is multiplied with:
+    (out, 1), of nf4 (out, in / 64).
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        """In the place of `linear`, without values, on the meta device."""
+        super().__init__()
+        rows, columns = linear.weight.shape
+        self.kind, self.in_features, self.out_features = kind, columns, rows
+        packed, groups = (columns // 2, columns // NF4_BLOCK) if kind == "nf4" else (columns, 1)
+        self.weight = _empty((rows, packed), STORED[kind])
+        self.scale = _empty((rows, groups), torch.float32)
+        self.bias = linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` (..., in) to (..., out); the weights are widened to its type for this one product."""
+        return F.linear(hidden, self.widened(hidden.dtype), self.bias)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) in `dtype`."""
+        if self.kind != "nf4":
+            return self.weight.to(dtype).mul_(self.scale.to(dtype))
+        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=self.weight.device)
+        rows = max(1, NF4_PIECE // self.in_features)
+        parts = zip(self.weight.split(rows), self.scale.split(rows), strict=True)
+        return torch.cat([_nf4_values(weight, scale, levels) for weight, scale in parts])
+
+    def extra_repr(self) -> str:
+        """As torch prints it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+def quantize(module: nn.Module, kind: str, *blocks: str) -> None:
+    """Replace the linear layers in the lists of blocks named `blocks` of a module that has no values yet."""
+    for name in blocks:
+        for block in getattr(module, name):
+            for path, layer in list(block.named_modules()):
+                if type(layer) is nn.Linear and not path.startswith(SKIPPED) and fits(layer, kind):
+                    owner, _, leaf = path.rpartition(".")
+                    setattr(block.get_submodule(owner), leaf, QuantizedLinear(layer, kind))
+
+
+def fits(layer: nn.Linear, kind: str) -> bool:
+    """Whether the rows of a layer can be stored so: those of nf4 are blocks of 64."""
+    return kind != "nf4" or layer.in_features % NF4_BLOCK == 0
+
+
+def quantize_rows(rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Stored weights and scales of some rows (n, in) of a weight; each row, of nf4 each block, has a scale of its own.
+
+    Scales of int8 and float8 are rounded to bfloat16, so that they are the same in every compute type but float16.
+    """
+    wide = rows.float()
+    if kind == "nf4":
+        return _nf4(wide)
+    most = INT8_MOST if kind == "int8" else FLOAT8_MOST
+    scale = (wide.abs().amax(dim=1, keepdim=True) / most).bfloat16().float()
+    scaled = (wide / torch.where(scale > 0, scale, 1.0)).clamp_(-most, most)
+    return (scaled.round_() if kind == "int8" else scaled).to(STORED[kind]), scale
+
+
+def _nf4(wide: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = wide.unflatten(1, (-1, NF4_BLOCK))  # (n, in / 64, 64)
+    scale = blocks.abs().amax(dim=2)
+    scaled = blocks / torch.where(scale > 0, scale, 1.0)[..., None]
+    levels = torch.tensor(NF4_LEVELS, device=wide.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(scaled, between).to(torch.uint8).flatten(1)
+    return (nearest[:, 0::2] << 4) | nearest[:, 1::2], scale
+
+
+def _nf4_values(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Rows (n, in) of what is stored in `weight` (n, in / 2), in the type of `levels`."""
+    pairs = torch.stack([weight >> 4, weight & 15], dim=-1)  # (n, in / 2, 2)
+    values = levels[pairs.flatten(1).int()].unflatten(1, (-1, NF4_BLOCK))  # (n, in / 64, 64)
+    return values.mul_(scale.to(levels.dtype)[..., None]).flatten(1)
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype) -> nn.Parameter:
+    assert math.prod(shape)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
