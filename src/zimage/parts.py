@@ -83,7 +83,8 @@ class Parts(Placed):
         """Load a checkpoint in the Hugging Face layout.
 
         Args:
-            model: "base", "turbo", a hub id, a folder, or "demo", a small model that comes with the package.
+            model: "base", "turbo", a hub id, a folder, or "demo" and "demo-turbo", small models that come with the
+                package.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.

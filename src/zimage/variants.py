@@ -63,7 +63,7 @@ TURBO = Variant(
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (BASE, TURBO)}
 """The variants by the name that users write: `base`, `turbo`."""
 
-DEMOS = {"demo": BASE.name}
+DEMOS = {"demo": BASE.name, "demo-turbo": TURBO.name}
 """Small models that come with the package, by the name that users write, and the variant that each is.
 
 They draw coloured shapes at 128² pixels, for trying and for tests; `zimage.training` makes them."""

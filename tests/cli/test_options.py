@@ -158,14 +158,18 @@ def test_a_cache_that_cannot_be_read_holds_no_model(tmp_path: Path, models: Path
     assert chosen(tmp_path) == "demo"
 
 
+def test_a_variant_chooses_between_the_demos(tmp_path: Path) -> None:
+    assert chosen(tmp_path, variant="base") == "demo"
+    choice = choose_model(None, variant="turbo", cache_dir=tmp_path)
+    assert choice.model == "demo-turbo"
+    assert "demo-turbo, a small one that knows coloured shapes only; --model turbo downloads" in choice.notice
+
+
 def test_what_no_model_here_can_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--revision is of a model on the hub: name it with --model"):
         choose_model(None, revision="main", cache_dir=tmp_path)
     with pytest.raises(RequestError, match="variant must be one of base, turbo"):
         choose_model(None, variant="flux", cache_dir=tmp_path)
-    assert chosen(tmp_path, variant="base") == "demo"
-    with pytest.raises(RequestError, match="no whole turbo is in the cache; --model turbo downloads it"):
-        choose_model(None, variant="turbo", cache_dir=tmp_path)
 
 
 def test_the_help_names_every_model_that_has_a_name() -> None:
@@ -178,6 +182,7 @@ def test_the_variant_is_known_from_names() -> None:
     assert known_variant("./folder", "base") == BASE
     assert known_variant("./folder", None) is None
     assert known_variant("demo", None) == BASE
+    assert known_variant("demo-turbo", None) == TURBO
     with pytest.raises(RequestError, match="variant must be one of"):
         known_variant("./folder", "flux")
     with pytest.raises(CheckpointError, match="is Z-Image-Turbo"):

@@ -61,7 +61,7 @@ def choose_model(
 ) -> Choice:
     """The model that was asked for, else a released one that is in the cache, else a demo; of `variant` if it is given.
 
-    Raises `RequestError` where nothing on this machine will do.
+    Raises `RequestError` for a revision of no model, and a variant that there is not.
     """
     if model:
         return Choice(model=model)
@@ -74,9 +74,7 @@ def choose_model(
         if is_cached(known.hub_id, cache_dir):
             return Choice(model=known.name, notice=f"no model was named: {known.name}, which is in the cache")
     names = " or ".join(known.name for known in wanted)
-    demo = next((name for name, of in DEMOS.items() if VARIANTS[of] in wanted), None)
-    if demo is None:
-        raise RequestError(f"no model was named and no whole {names} is in the cache; --model {names} downloads it")
+    demo = next(name for name, of in DEMOS.items() if VARIANTS[of] in wanted)
     return Choice(
         model=demo,
         notice=f"no model was named and no whole one is in the cache: {demo}, a small one that knows coloured shapes "

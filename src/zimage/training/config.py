@@ -22,7 +22,7 @@ class ModelSize:
     axes_dims: tuple[int, int, int] = (8, 12, 12)
     n_layers: int = 5
     n_refiner_layers: int = 1
-    vocab_size: int = 768
+    vocab_size: int = 576
     hidden_size: int = 128
     intermediate_size: int = 256
     text_layers: int = 3
