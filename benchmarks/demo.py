@@ -50,8 +50,8 @@ OPEN_SEEDS = 100
 class Subject:
     """A model and its recipe."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.pipe = name, ZImagePipeline.from_pretrained(name, device="cpu")
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.pipe = name, ZImagePipeline.from_pretrained(name, device="cpu", **options)
         variant = self.pipe.variant
         self.recipe = Recipe(
             steps=variant.num_inference_steps, shift=self.pipe.shift, guidance_scale=variant.guidance_scale
@@ -214,6 +214,17 @@ def of_steps(subjects: Sequence[Subject], count: int) -> list[Row]:
     ]
 
 
+def of_weights(subjects: Sequence[Subject], count: int) -> list[Row]:
+    """Adherence against what weights are stored as."""
+    return [
+        {"model": subject.name, "weights": weights, "steps": min(SWEEP, subject.recipe.steps)}
+        | {kind: stored.right(kind, "en", count, steps=min(SWEEP, subject.recipe.steps)) for kind in ("single", "pair")}
+        for subject in subjects
+        for weights in ("full", "int8", "float8", "nf4")
+        for stored in (Subject(subject.name, weight_dtype=weights),)
+    ]
+
+
 def of_speed(subjects: Sequence[Subject], count: int) -> list[Row]:
     """Seconds of a picture, of a pipeline that is loaded and of the whole command."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -234,6 +245,7 @@ TABLES: dict[str, Callable[[Sequence[Subject], int], list[Row]]] = {
     "negatives": of_negatives,
     "diversity": of_diversity,
     "steps": of_steps,
+    "weights": of_weights,
     "speed": of_speed,
 }
 
