@@ -75,6 +75,9 @@ def test_saved_and_loaded_again_it_gives_the_same_bits(turbo: ZImagePipeline, tm
 
 def test_components_are_shared_not_copied(turbo: ZImagePipeline, turbo_folder: Path) -> None:
     parts = diffusers.ZImagePipeline.from_pretrained(turbo_folder, dtype=torch.float32).components
+    for model in ("transformer", "text_encoder", "vae"):
+        for weight in parts[model].parameters():  # lie in a file's memory map, and on some CPUs alignment changes bits
+            weight.data = weight.data.clone()
     pipe = ZImagePipeline(**parts)
     assert pipe.variant.name == "turbo"
     assert pipe.transformer.layers is parts["transformer"].layers

@@ -56,6 +56,7 @@ def test_a_recipe_says_with_what_it_was_made(turbo: ZImagePipeline, turbo_folder
         "revision": "",
         "variant": "turbo",
         "fingerprint": turbo.model["fingerprint"],
+        "transformer": "",
     }
     assert len(recipe.model["fingerprint"]) > 10
     assert recipe.runtime["zimage"] == zimage.__version__

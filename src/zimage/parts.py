@@ -18,7 +18,7 @@ from . import components, runtime
 from .checkpoint.configs import read_shift
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
-from .checkpoint.locate import locate
+from .checkpoint.locate import Location, locate
 from .checkpoint.save import save_components
 from .errors import RequestError, ZImageWarning
 from .memory.budget import find_budget, held_memory
@@ -37,7 +37,7 @@ from .variants import detect_variant
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": ""}
+_UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
 
 
 class Parts(Placed):
@@ -68,6 +68,7 @@ class Parts(Placed):
         cls,
         model: str | os.PathLike[str],
         *,
+        transformer: str | os.PathLike[str] | None = None,
         variant: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -85,6 +86,8 @@ class Parts(Placed):
         Args:
             model: "base", "turbo", a hub id, a folder, or "demo" and "demo-turbo", small models that come with the
                 package.
+            transformer: a safetensors or GGUF file with the transformer's weights, here or on the hub
+                ("owner/name/file.gguf"), instead of those of `model`. What is in fewer bits in a GGUF file stays so.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.
@@ -108,14 +111,27 @@ class Parts(Placed):
         check_weights(weight_dtype)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
-        place = locate(model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        place = locate(
+            model,
+            transformer=transformer,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
         before = held_memory(target)
         make = partial(_plan, memory=memory, dtype=precision, device=target, weights=weight_dtype)
         planning = Planning(make)
-        load = partial(load_components, place.folder, dtype=precision, device=target, planner=planning)
+        load = partial(
+            load_components,
+            place.folder,
+            dtype=precision,
+            device=target,
+            planner=planning,
+            transformer=place.transformer,
+        )
         parts = with_less(load, planning.step_down)
-        source = place.hub_id or place.demo or runtime.portable_path(place.folder)
         made = cls(
             parts.shift,
             parts.vae,
@@ -123,7 +139,7 @@ class Parts(Placed):
             parts.tokenizer,
             parts.transformer,
             variant=variant,
-            model={"source": source, "revision": place.revision or "", "fingerprint": fingerprint(place.folder)},
+            model=_described(place),
             folder=place.folder,
         )
         made._follow(parts, target, before)
@@ -198,6 +214,17 @@ def _plan(
     if isinstance(memory, Plan):
         return follow(memory, sizes, precision)
     return plan_model(sizes, precision, find_budget(memory, device), weights=weights)
+
+
+def _described(place: Location) -> dict[str, str]:
+    """The model that was loaded, as recipes name it."""
+    file = "" if place.transformer is None else runtime.portable_path(place.transformer)
+    return {
+        "source": place.hub_id or place.demo or runtime.portable_path(place.folder),
+        "revision": place.revision or "",
+        "fingerprint": fingerprint(place.folder, place.transformer),
+        "transformer": place.transformer_name or file,
+    }
 
 
 def _warn_of_weights(plan: Plan) -> None:

@@ -72,8 +72,10 @@ class Placed:
 
     @property
     def weights(self) -> str | None:
-        """What layers are stored as, "int8", "float8" or "nf4"; `None` in full."""
-        return self._plan.placement.weights if self._plan else None
+        """What layers are stored as: "int8", "float8", "nf4", "gguf" (as in the transformer's file); `None` in full."""
+        if self._plan is None or self._plan.placement.weights:
+            return self._plan.placement.weights if self._plan else None
+        return "gguf" if self._plan.sizes.packed else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
         """Let the text encoder pass through the device, layer by layer, for each new prompt; the transformer stays.
@@ -245,9 +247,10 @@ class Placed:
 
     def _require_plain(self, what: str) -> None:
         if self.weights is not None:
+            otherwise = "without the GGUF file" if self.weights == "gguf" else "with weight_dtype='full'"
             raise RequestError(
                 f"the weights of this pipeline are stored in {self.weights}, so it cannot be {what}; "
-                "load it again with weight_dtype='full'"
+                f"load it again {otherwise}"
             )
 
     def _require_resident(self, what: str) -> None:

@@ -643,8 +643,8 @@ def test_settings_that_transformers_would_follow_are_left_out(copy: Path, watch:
 
 
 def test_a_file_that_shrinks_while_it_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def surveyed(folder: Path) -> Survey:
-        found = survey(folder)
+    def surveyed(folder: Path, transformer: Path | None) -> Survey:
+        found = survey(folder, transformer)
         resized(WEIGHTS, -1000)(copy)
         return found
 

@@ -51,14 +51,20 @@ def one_at_a_time(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(("positive", "negative"), LENGTHS)
 @pytest.mark.parametrize("size", [(80, 112), (256, 320)], ids=["35-tokens", "320-tokens"])
-def test_same_bits_from_the_same_features(tiny: Pair, size: tuple[int, int], positive: int, negative: int) -> None:
+def test_same_bits_from_the_same_features(
+    tiny: Pair, size: tuple[int, int], positive: int, negative: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On some CPUs diffusers' masked batch of unequal captions has other bits, so far as in `test_own_text_encoder`."""
     embeds, negative_embeds = tiny.embeds(positive), tiny.embeds(negative, seed=1)
     height, width = size
     assert tiny.run(prompt_embeds=embeds, height=height, width=width).identical
-    guided = tiny.run(
-        prompt_embeds=embeds, negative_prompt_embeds=negative_embeds, guidance=4.0, height=height, width=width
-    )
-    assert guided.identical
+    guided: dict[str, Any] = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds, "guidance": 4.0}
+    batched = tiny.run(**guided, height=height, width=width)
+    assert batched.identical or (positive != negative and batched.rms_error <= 6.4e-2)
+    monkeypatch.setattr(tiny.theirs.transformer, "forward", one_at_a_time(tiny.theirs.transformer.forward))
+    separate = tiny.run(**guided, height=height, width=width)
+    assert separate.identical
+    assert torch.equal(batched.ours, separate.ours)
 
 
 def test_same_bits_for_several_images_and_a_cap_on_guidance(tiny: Pair) -> None:

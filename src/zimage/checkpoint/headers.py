@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .reading import open_regular, parse_json, reason, shown
+from .reading import open_regular, parse_json, read_up_to, reason, shown
 
 MAX_HEADER = 16 << 20
 """Largest header that is read, in bytes; the largest on the hub has about 50 thousand."""
@@ -41,12 +41,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What one file holds: `entries` by tensor name, `raw` the header's bytes, `size` those of the file."""
+    """What one file holds: `entries` by tensor name, `raw` the header's bytes, `size` those of the file.
+
+    `data` is where the values begin, `architecture` what a GGUF file calls its model.
+    """
 
     path: Path
     entries: dict[str, Entry]
     raw: bytes
     size: int
+    data: int
+    architecture: str | None = None
 
 
 def read_header(path: Path) -> Header:
@@ -61,7 +66,7 @@ def read_header(path: Path) -> Header:
                 raise _damaged(path, f"its header should have {length} bytes and the file has {size}")
             if length > MAX_HEADER:
                 raise _damaged(path, f"its header should have {length} bytes, at most {MAX_HEADER} are read")
-            raw = _read_all(file, length)
+            raw = read_up_to(file, length)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     described = parse_json(raw, f"{path} (the safetensors header)")
@@ -70,15 +75,7 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, "the metadata in its header is not text")
     entries = {name: _entry(path, name, tensor, 8 + length) for name, tensor in described.items()}
     _require_cover(path, entries, 8 + length, size)
-    return Header(path=path, entries=entries, raw=raw, size=size)
-
-
-def _read_all(file: Any, length: int) -> bytes:
-    parts = []
-    while length and (part := file.read(length)):
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+    return Header(path=path, entries=entries, raw=raw, size=size, data=8 + length)
 
 
 def _entry(path: Path, name: str, tensor: Any, data: int) -> Entry:

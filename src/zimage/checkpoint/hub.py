@@ -77,16 +77,16 @@ class Repository:
         found = self._look_up(name)
         return Path(found) if isinstance(found, str) else None
 
-    def require(self, name: str) -> Path:
-        """The file called `name`, which a checkpoint must have."""
+    def require(
+        self, name: str, otherwise: str = "so it is no Z-Image checkpoint in diffusers' layout; check the id"
+    ) -> Path:
+        """The file called `name`, which must be there; `otherwise` is what the error says of a repository without."""
         path = self.fetch(name)
         if path is not None:
             return path
         if self._offline or self._unreachable is not None:
             raise CheckpointError(self._explain_absence(name)) from self._unreachable
-        raise CheckpointError(
-            f"{self._named()} has no {name}, so it is no Z-Image checkpoint in diffusers' layout; check the id"
-        )
+        raise CheckpointError(f"{self._named()} has no {name}, {otherwise}")
 
     def _look_up(self, name: str) -> object:
         """The path of the file in the cache, something that is no text where it is known not to exist, or None."""

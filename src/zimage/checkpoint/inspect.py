@@ -19,7 +19,8 @@ from ..variants import detect_variant
 from .configs import PARTS
 from .headers import Header
 from .reading import open_regular, reason
-from .shards import Weights, read_weights
+from .shards import Weights
+from .single import read_component
 from .survey import Survey, survey
 
 SAMPLES, SAMPLE = 64, 4096
@@ -100,14 +101,14 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
     )
 
 
-def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """A sampled identity of the weights in `folder`: 32 hex digits.
+def fingerprint(folder: str | os.PathLike[str], transformer: Path | None = None) -> str:
+    """A sampled identity of the weights in `folder`, those of the transformer in its own file if given: 32 hex digits.
 
     It covers the name, size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data. So
     it tells one model from another and from a fine-tune of it, and it does not see a change of a few values between the
     pieces. Raises `CheckpointError` where files are missing or damaged.
     """
-    return _fingerprint({component: read_weights(Path(folder), component) for component in PARTS})
+    return _fingerprint({component: read_component(Path(folder), component, transformer) for component in PARTS})
 
 
 def _component(found: Survey, name: str) -> ComponentInspection:
@@ -137,7 +138,7 @@ def _fingerprint(weights: dict[str, Weights]) -> str:
 
 
 def _samples(header: Header) -> list[bytes]:
-    start, end = 8 + len(header.raw), header.size
+    start, end = header.data, header.size
     last = max(end - SAMPLE, start)
     positions = sorted({start + (last - start) * sample // (SAMPLES - 1) for sample in range(SAMPLES)})
     pieces = []

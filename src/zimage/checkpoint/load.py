@@ -22,7 +22,7 @@ from ..memory.residency import Reader, streamed_names
 from ..memory.ring import Field, Layer
 from ..memory.sizes import ModelSizes
 from ..models.quantized import quantize
-from ..models.transformer import ZImageTransformer
+from ..models.transformer import BLOCKS, ZImageTransformer
 from .configs import PARTS
 from .reading import reason
 from .sizes import sizes_of_blanks
@@ -62,9 +62,11 @@ def load_components(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     planner: Planner | None = None,
+    transformer: Path | None = None,
 ) -> Components:
     """The components in `folder`, their weights in `dtype`, in evaluation mode and without gradients.
 
+    The transformer's are in the file `transformer` if it is given; layers that a GGUF file has in fewer bits stay so.
     All are on `device`, or where the plan has them that `planner` makes of their sizes before anything is read; layers
     that it streams are on the host, or still in their files.
 
@@ -74,7 +76,7 @@ def load_components(
     """
     target = torch.device(device)
     try:
-        found = survey(Path(folder))
+        found = survey(Path(folder), transformer)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
@@ -91,8 +93,7 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
     layers: list[Layer] = []
     if plan is not None and plan.placement.weights:
         quantize(found.blanks["text_encoder"].module, plan.placement.weights, "layers")
-        transformer = found.blanks["transformer"].module
-        quantize(transformer, plan.placement.weights, "noise_refiner", "context_refiner", "layers")
+        quantize(found.blanks["transformer"].module, plan.placement.weights, *BLOCKS)
     for component in PARTS:
         blank, weights = found.blanks[component], found.weights[component]
         streamed = streamed_names(plan.placement, component, blank.module) if plan else []

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from ..variants import DEMOS, VARIANTS
@@ -29,8 +31,10 @@ from .fields import read_config
 from .hub import Repository
 from .reading import reason, shown
 from .shards import index_name, read_index, single_name
+from .single import SUFFIXES
 
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})/([\w./ -]{1,200}\.(?:gguf|safetensors))", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -42,11 +46,16 @@ class Location:
     demo: str | None = None
     hub_id: str | None = None
     revision: str | None = None
+    transformer: Path | None = None
+    """The file of the transformer's weights, where they are not the folder's."""
+    transformer_name: str | None = None
+    """What that is called on the hub, if it is from there."""
 
 
 def locate(
     source: str | os.PathLike[str],
     *,
+    transformer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -56,9 +65,41 @@ def locate(
 
     `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a
     path object is always a folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
-    mean what they do in `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where there is no such checkpoint
-    or it cannot be had.
+    mean what they do in `huggingface_hub.hf_hub_download`. `transformer` is a file with the weights of that, here or
+    on the hub ("owner/name/file.gguf"), instead of those of `source`, which are then not needed. Raises
+    `CheckpointError` where there is no such checkpoint or it cannot be had.
     """
+    settings = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    if transformer is None:
+        return _locate_folder(source, revision, PARTS, settings)
+    file, name = _locate_file(transformer, settings)
+    others = [part for part in PARTS if part != "transformer"]
+    return replace(_locate_folder(source, revision, others, settings), transformer=file, transformer_name=name)
+
+
+def _locate_file(file: str | os.PathLike[str], settings: dict[str, Any]) -> tuple[Path, str | None]:
+    """The file, and its name if it is on the hub."""
+    try:
+        path = Path(file).expanduser()
+        is_there = path.exists()
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"transformer must be a file, got {shown(file)}: {reason(error)}") from error
+    match = _HUB_FILE.fullmatch(file) if isinstance(file, str) and not is_there else None
+    if match:
+        repository = Repository(match[1], revision=None, **settings)
+        return repository.require(match[2], "see which files it has on its page"), str(file)
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        came = "is missing" if not is_there else "is a folder" if path.is_dir() else "is of another kind"
+        raise CheckpointError(
+            f"transformer must be a {' or '.join(SUFFIXES)} file, here or on the hub ('owner/name/file.gguf'), and "
+            f"{shown(str(file))} {came}"
+        )
+    return path, None
+
+
+def _locate_folder(
+    source: str | os.PathLike[str], revision: str | None, parts: Sequence[str], settings: dict[str, Any]
+) -> Location:
     if isinstance(source, str) and source in DEMOS:
         place = _local(Path(__file__).parent.parent / "demo" / source, revision)
         return replace(place, demo=source)
@@ -71,10 +112,7 @@ def locate(
             f"cannot find the model {shown(source)}: there is no such folder here, and it is no hub id; give "
             f"{_ALIASES}, a folder, or a hub id like {VARIANTS['turbo'].hub_id!r}"
         )
-    repository = Repository(
-        source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-    )
-    return _download(repository)
+    return _download(Repository(source, revision=revision, **settings), parts)
 
 
 def is_cached(hub_id: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
@@ -105,8 +143,8 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
         ) from error
     if not is_folder and (is_there or folder.suffix.lower() in _SINGLE_FILES):
         raise CheckpointError(
-            f"a checkpoint is a folder in the hub's layout, got the file {folder}; single files are not supported yet: "
-            f"give the folder with model_index.json, or a hub id like {VARIANTS['turbo'].hub_id!r}"
+            f"a checkpoint is a folder in the hub's layout, got the file {folder}; for a transformer in one file give "
+            f"it as transformer=, and here the model that all else is taken from, like 'turbo' or 'base'"
         )
     if not is_folder:
         raise CheckpointError(
@@ -117,7 +155,7 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
     return Location(folder=folder)
 
 
-def _download(repository: Repository) -> Location:
+def _download(repository: Repository, parts: Sequence[str]) -> Location:
     folder = repository.require(MODEL_INDEX.as_posix()).parent
     read_model_index(folder)  # a foreign repository is known by now, and nothing else of it is fetched
     # The cache keeps each commit in a folder of its name: what follows comes from the same commit as the first file.
@@ -130,7 +168,7 @@ def _download(repository: Repository) -> Location:
     read_configs(folder, problems)
     if problems.errors:
         raise problems.errors[0]
-    for component in PARTS:
+    for component in parts:
         _fetch_weights(repository, component)
     return Location(folder=folder, hub_id=repository.hub_id, revision=folder.name)
 

@@ -51,6 +51,15 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def read_up_to(file: BinaryIO, length: int) -> bytes:
+    """The next `length` bytes of an open file, or as many as are left."""
+    parts = []
+    while length and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything at `path`, be it only a dead link."""
     return os.path.lexists(path)

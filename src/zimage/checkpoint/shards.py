@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..memory.sizes import GGML_BLOCKS
 from .headers import Entry, Header, read_header
 from .reading import MAX_INDEX, exists, read_json, shown
 
 Shape = tuple[int, ...]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+READ = ("F64", "F32", "F16", "BF16", *GGML_BLOCKS)
 """The types of tensors that are read."""
 
 _STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -93,7 +94,7 @@ def match(
     missing = [name for name in needed if name not in entries]
     unexpected = [name for name in entries if name not in allowed]
     misshapen = [name for name in entries if name in allowed and entries[name].shape != tuple(allowed[name])]
-    mistyped = [name for name in entries if name in needed and entries[name].dtype not in FLOATS]
+    mistyped = [name for name in entries if name in needed and entries[name].dtype not in READ]
     problems = [
         *_listed("missing", missing, lambda name: f" {list(needed[name])}"),
         *_listed("unexpected", unexpected, lambda name: f" {list(entries[name].shape)}"),
@@ -101,7 +102,7 @@ def match(
         *_listed("not of a floating-point type", mistyped, lambda name: f" {entries[name].dtype}"),
     ]
     if problems:
-        files = ", ".join(header.path.name for header in weights.headers[:3])
+        files = ", ".join(map(_called, weights.headers[:3]))
         more = f" and {len(weights.headers) - 3} more" if len(weights.headers) > 3 else ""
         advice = "quantised weights are not read here; " if mistyped else ""
         raise CheckpointError(
@@ -137,6 +138,10 @@ def _read_shards(index: Path) -> Weights:
             f"{index} does not agree with its files: {'; '.join(problems)}; download or copy them again"
         )
     return Weights(headers)
+
+
+def _called(header: Header) -> str:
+    return f"{header.path.name} (of {shown(header.architecture)})" if header.architecture else header.path.name
 
 
 def _listed(what: str, names: list[str], detail: Callable[[str], str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..memory.ring import STAYS
 from ..memory.sizes import ModelSizes
+from ..models.quantized import PackedLinear
 from ..rules import native_side
 from .configs import PARTS
 from .locate import locate
@@ -15,12 +16,13 @@ from .modules import Blank
 from .survey import survey
 
 
-def checkpoint_sizes(model: str | os.PathLike[str]) -> ModelSizes:
+def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLike[str] | None = None) -> ModelSizes:
     """The sizes of a model that is on this machine, as `locate` finds it; nothing is downloaded.
 
     Raises `CheckpointError` for what cannot be found or would not load.
     """
-    found = survey(locate(model, local_files_only=True).folder)
+    place = locate(model, transformer=transformer, local_files_only=True)
+    found = survey(place.folder, place.transformer)
     found.require()
     return sizes_of_blanks(found.blanks)
 
@@ -32,15 +34,18 @@ def sizes_of_blanks(blanks: Mapping[str, Blank]) -> ModelSizes:
 
 def sizes_of_models(text_encoder: Any, transformer: Any, vae: Any) -> ModelSizes:
     """The sizes of the three models, whose weights need not be there."""
-    layers = _by_layer(text_encoder, "layers.")
-    blocks = [*_by_layer(transformer, "noise_refiner."), *_by_layer(transformer, "layers.")]
-    context = _by_layer(transformer, "context_refiner.")
+    layers = _by_layer(text_encoder, "layers")
+    blocks = [*_by_layer(transformer, "noise_refiner"), *_by_layer(transformer, "layers")]
+    context = _by_layer(transformer, "context_refiner")
+    packed_context = _packed(transformer, "context_refiner")
+    packed = [*_packed(transformer, "noise_refiner"), *_packed(transformer, "layers")]
+    is_packed = any(packed) or any(packed_context)
     return ModelSizes(
         text_layers=tuple(layers),
         text_rest=_count(text_encoder) - sum(layers),
         blocks=tuple(blocks),
         context_blocks=tuple(context),
-        transformer_rest=_count(transformer) - sum(blocks) - sum(context),
+        transformer_rest=_count(transformer) - sum(blocks) - sum(context) - sum(packed) - sum(packed_context),
         vae=_count(vae),
         text_width=text_encoder.config.hidden_size,
         text_intermediate=text_encoder.config.intermediate_size,
@@ -48,18 +53,27 @@ def sizes_of_models(text_encoder: Any, transformer: Any, vae: Any) -> ModelSizes
         vae_channels=tuple(vae.config.block_out_channels),
         vae_residuals=vae.config.layers_per_block + 1,
         native_side=native_side(vae.config.sample_size),
+        packed_blocks=tuple(packed) if is_packed else (),
+        packed_context=tuple(packed_context) if is_packed else (),
     )
 
 
-def _by_layer(model: Any, prefix: str) -> list[int]:
-    """Parameters of `prefix0.`, `prefix1.`, … in the module that move with it."""
-    counts: dict[int, int] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(prefix) and STAYS not in name:
-            number = int(name.removeprefix(prefix).split(".")[0])
-            counts[number] = counts.get(number, 0) + parameter.numel()
-    return [counts[number] for number in sorted(counts)]
+def _by_layer(model: Any, blocks: str) -> list[int]:
+    """Parameters of each of the `blocks` that move with it."""
+    return [
+        sum(one.numel() for name, one in block.named_parameters() if STAYS not in name) - count
+        for block, count in zip(getattr(model, blocks), _packed(model, blocks), strict=True)
+    ]
+
+
+def _packed(model: Any, blocks: str) -> list[int]:
+    """Bytes in each of the `blocks` that a file has in fewer bits."""
+    return [
+        sum(one.weight.numel() for one in block.modules() if isinstance(one, PackedLinear))
+        for block in getattr(model, blocks)
+    ]
 
 
 def _count(model: Any) -> int:
+    """Parameters, and bytes of what is packed."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..memory.ring import STAYS, Field, Layer, bind, layout
-from ..models.quantized import QuantizedLinear
+from ..models.quantized import StoredLinear
 from .modules import Blank
 from .shards import Weights
 from .tensors import LayerFile
@@ -26,7 +26,7 @@ def streamed_layer(
     module = blank.module.get_submodule(name)
     for owner in module.modules():
         for one, parameter in owner.named_parameters(recurse=False):
-            if parameter.is_meta and not (isinstance(owner, QuantizedLinear) and one != "bias"):
+            if parameter.is_meta and not (isinstance(owner, StoredLinear) and one != "bias"):
                 parameter.data = parameter.data.to(dtype)
     fields, size = layout(module)
     file = layer_file(blank, weights, name, fields)

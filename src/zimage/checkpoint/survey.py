@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..models.quantized import pack
+from ..models.transformer import BLOCKS
 from .configs import PARTS, Configs, Problems, read_configs
 from .modules import Blank, build
-from .shards import Weights, match, read_weights
+from .shards import Weights, match
+from .single import read_component
 from .tokenizer import load_tokenizer
 
 
@@ -38,8 +41,11 @@ class Survey:
             raise CheckpointError(f"{others}{more}") from self.errors[0]
 
 
-def survey(folder: Path) -> Survey:
-    """Check the checkpoint in `folder`; raises only where there is no such folder."""
+def survey(folder: Path, transformer: Path | None = None) -> Survey:
+    """Check the checkpoint in `folder`, its transformer's weights in a file of their own if `transformer` names one.
+
+    Raises only where there is no such folder.
+    """
     if not folder.is_dir():
         came = "is no folder" if folder.exists() else "is missing"
         raise CheckpointError(f"{folder} {came}; a checkpoint is a folder with model_index.json in it")
@@ -50,7 +56,7 @@ def survey(folder: Path) -> Survey:
     weights: dict[str, Weights] = {}
     for component in PARTS:
         with problems.collected():
-            weights[component] = read_weights(folder, component)
+            weights[component] = read_component(folder, component, transformer)
         config = by_component[component]
         if config is None:
             continue
@@ -59,6 +65,9 @@ def survey(folder: Path) -> Survey:
             blanks[component] = blank = build(component, config, names)
             if component in weights:
                 match(folder, component, weights[component], blank.needed, blank.spare)
+                if component == "transformer":
+                    kinds = {blank.targets[name]: entry.dtype for name, entry in weights[component].entries.items()}
+                    pack(blank.module, kinds, *BLOCKS)
     tokenizer = None
     with problems.collected():
         size = configs.text_encoder["vocab_size"] if configs.text_encoder else 1 << 20

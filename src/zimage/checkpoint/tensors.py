@@ -1,4 +1,4 @@
-"""Reads the values of tensors from safetensors files, in the wanted type and on the wanted device.
+"""Reads the values of tensors from safetensors and GGUF files, in the wanted type and on the wanted device.
 
 Bytes are read, not mapped: each tensor gets memory of its own, aligned and private, no file stays open, and a file that
 shrinks meanwhile is an error rather than a crash. Beyond the weights themselves one buffer of `CHUNK` bytes is held, so
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..memory.ring import Field
-from ..models.quantized import QuantizedLinear, quantize_rows
+from ..models import ggml
+from ..models.quantized import PackedLinear, QuantizedLinear, StoredLinear, quantize_rows
 from .headers import Entry, Header
 from .reading import open_regular, reason, shown
 from .shards import Weights
@@ -35,21 +37,22 @@ def fill(
     module: nn.Module, weights: Weights, targets: Mapping[str, str], *, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give `module` its parameters: `targets` maps the names of tensors in the files to those in the module."""
-    staging = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staging = _Staging(pinned=device.type == "cuda")
     for header in weights.headers:
         wanted = [(name, entry) for name, entry in header.entries.items() if name in targets]
         with open_regular(header.path) as file:
             for name, entry in sorted(wanted, key=lambda item: item[1].start):
                 place, _, leaf = targets[name].rpartition(".")
                 owner = module.get_submodule(place)
-                if isinstance(owner, QuantizedLinear) and leaf == "weight":
-                    weight, scale = (torch.empty_like(one, device=device) for one in (owner.weight, owner.scale))
-                    _read_rows(file, header, name, entry, staging, owner.kind, weight, scale)
-                    owner.weight, owner.scale = (nn.Parameter(one, requires_grad=False) for one in (weight, scale))
-                    continue
-                tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-                _read(file, header, name, entry, staging, tensor.view(-1))
+                wanted_as, scale = torch.empty(entry.shape, dtype=dtype, device="meta"), None
+                if isinstance(owner, StoredLinear) and leaf == "weight":
+                    wanted_as = owner.weight
+                    scale = torch.empty_like(owner.scale, device=device) if isinstance(owner, QuantizedLinear) else None
+                tensor = torch.empty_like(wanted_as, device=device)
+                _Source(file, header, name, entry, staging).read(owner, tensor, scale)
                 setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+                if scale is not None:
+                    owner.scale = nn.Parameter(scale, requires_grad=False)
     for buffer_name, buffer in list(module.named_buffers()):
         place, _, leaf = buffer_name.rpartition(".")
         setattr(module.get_submodule(place), leaf, buffer.to(device))
@@ -74,7 +77,7 @@ class LayerFile:
 
     def __call__(self, buffer: Tensor) -> None:
         """Write the layer into `buffer`, a flat `uint8` tensor of the host."""
-        staging = torch.empty(0, dtype=torch.uint8)
+        staging = _Staging(pinned=False)
         for header, entries in self._parts:
             if not entries:
                 continue
@@ -82,14 +85,9 @@ class LayerFile:
                 if _stamp(file.fileno()) != self._stamps[header.path]:
                     raise CheckpointError(f"{header.path} has changed since the model was loaded; load it again")
                 for name, entry in entries:
-                    field = self._fields[name]
-                    if _DTYPES[entry.dtype] != field.dtype and not len(staging):
-                        staging = torch.empty(CHUNK, dtype=torch.uint8)
-                    weight, scale = field.view(buffer), self._scales.get(name)
-                    if scale is not None and isinstance(field.owner, QuantizedLinear):
-                        _read_rows(file, header, name, entry, staging, field.owner.kind, weight, scale.view(buffer))
-                    else:
-                        _read(file, header, name, entry, staging, weight.view(-1))
+                    field, scale = self._fields[name], self._scales.get(name)
+                    source = _Source(file, header, name, entry, staging)
+                    source.read(field.owner, field.view(buffer), None if scale is None else scale.view(buffer))
 
 
 def _stamp(file: Path | int) -> tuple[int, int, int]:
@@ -97,68 +95,124 @@ def _stamp(file: Path | int) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(file: BinaryIO, header: Header, name: str, entry: Entry, staging: Tensor, flat: Tensor) -> None:
-    """Read a tensor into `flat`, which has its type and lies where it is wanted."""
-    source, device = _DTYPES[entry.dtype], flat.device
-    in_place = source == flat.dtype and device.type == "cpu"
-    buffer = flat if in_place else staging.view(source)
-    step = CHUNK // source.itemsize
-    for begin in range(0, len(flat), step):
-        part = flat[begin : begin + step]
-        raw = buffer[begin : begin + step] if in_place else buffer[: len(part)]
-        _read_into(file, header, entry.start + begin * source.itemsize, raw)
-        if not in_place:
-            part.copy_(raw.to(device) if device.type == "cuda" else raw)
-        _require_finite(part, raw, header, name)
+class _Staging:
+    """What values pass through on their way from a file: `CHUNK` bytes of the host, made when they are first needed."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned, self._buffer = pinned, torch.empty(0, dtype=torch.uint8)
+
+    def view(self, dtype: torch.dtype) -> Tensor:
+        if not len(self._buffer):
+            self._buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self._pinned)
+        return self._buffer.view(dtype)
 
 
-def _read_rows(
-    file: BinaryIO,
-    header: Header,
-    name: str,
-    entry: Entry,
-    staging: Tensor,
-    kind: str,
-    weight: Tensor,
-    scale: Tensor,
-) -> None:
-    """Read a matrix some rows at a time into a quantized `weight` and its `scale`."""
-    (rows, columns), source = entry.shape, _DTYPES[entry.dtype]
-    step = max(1, QUANTIZED // columns)
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        raw = staging.view(source)[: count * columns]
-        _read_into(file, header, entry.start + first * columns * source.itemsize, raw)
-        _require_finite(raw, raw, header, name)
-        parts = quantize_rows(raw.view(count, columns).to(weight.device), kind)
-        for whole, part in zip((weight, scale), parts, strict=True):
-            whole[first : first + count].copy_(part)
+@dataclass(frozen=True)
+class _Source:
+    """A tensor in an open file."""
 
+    file: BinaryIO
+    header: Header
+    name: str
+    entry: Entry
+    staging: _Staging
 
-def _read_into(file: BinaryIO, header: Header, position: int, raw: Tensor) -> None:
-    view = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    try:
-        file.seek(position)
-        while len(view):
-            count = file.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                raise CheckpointError(f"{header.path} became shorter while it was read; load again when it is whole")
-            view = view[count:]
-    except OSError as error:
-        raise CheckpointError(f"{header.path} cannot be read: {reason(error)}") from error
+    def read(self, owner: nn.Module, tensor: Tensor, scale: Tensor | None) -> None:
+        """Read it into `tensor`, a parameter of `owner` where that is wanted, as `owner` stores it."""
+        if self.entry.dtype in ggml.KINDS:
+            if isinstance(owner, PackedLinear):
+                self._read_packed(tensor)
+            else:
+                self._read_widened(tensor)
+        elif scale is not None and isinstance(owner, QuantizedLinear):
+            self._read_rows(tensor, scale, owner.kind)
+        else:
+            self._read_plain(tensor.view(-1))
 
+    def _read_plain(self, flat: Tensor) -> None:
+        source, device = _DTYPES[self.entry.dtype], flat.device
+        in_place = source == flat.dtype and device.type == "cpu"
+        buffer = flat if in_place else self.staging.view(source)
+        step = CHUNK // source.itemsize
+        for begin in range(0, len(flat), step):
+            part = flat[begin : begin + step]
+            raw = buffer[begin : begin + step] if in_place else buffer[: len(part)]
+            self._fetch(begin * source.itemsize, raw)
+            if not in_place:
+                part.copy_(raw.to(device) if device.type == "cuda" else raw)
+            self._require_finite(part, raw)
 
-def _require_finite(part: Tensor, raw: Tensor, header: Header, name: str) -> None:
-    # The extremes are NaN if any value is, and take no memory of their own.
-    if all(math.isfinite(float(extreme)) for extreme in part.aminmax()):
-        return
-    where = f"{header.path}: the tensor {shown(name)}"
-    if bool(torch.isfinite(raw).all()):
+    def _read_rows(self, weight: Tensor, scale: Tensor, kind: str) -> None:
+        """A matrix some rows at a time into a quantized `weight` and its `scale`."""
+        (rows, columns), source = self.entry.shape, _DTYPES[self.entry.dtype]
+        step = max(1, QUANTIZED // columns)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            raw = self.staging.view(source)[: count * columns]
+            self._fetch(first * columns * source.itemsize, raw)
+            self._require_finite(raw, raw)
+            parts = quantize_rows(raw.view(count, columns).to(weight.device), kind)
+            for whole, part in zip((weight, scale), parts, strict=True):
+                whole[first : first + count].copy_(part)
+
+    def _read_packed(self, weight: Tensor) -> None:
+        """Rows (out, bytes) as they are in the file."""
+        for first, raw in self._packed_rows(weight.shape[1]):
+            weight[first : first + len(raw)].copy_(raw)
+
+    def _read_widened(self, tensor: Tensor) -> None:
+        """Rows in fewer bits in the file, in the type of `tensor`."""
+        rows = tensor.view(-1, tensor.shape[-1])
+        for first, raw in self._packed_rows(ggml.packed_bytes(self.entry.dtype, tensor.shape[-1])):
+            part = rows[first : first + len(raw)]
+            part.copy_(ggml.widen(raw.to(tensor.device), self.entry.dtype, tensor.dtype))
+            self._require_finite(part, raw)
+
+    def _packed_rows(self, width: int) -> Iterator[tuple[int, Tensor]]:
+        """Some rows (n, width) of bytes at a time with the number of the first; their scales are finite."""
+        step = max(1, min(CHUNK, ggml.PIECE) // width)
+        for first in range(0, (self.entry.end - self.entry.start) // width, step):
+            count = min(step, (self.entry.end - self.entry.start) // width - first)
+            raw = self.staging.view(torch.uint8)[: count * width].view(count, width)
+            self._fetch(first * width, raw.view(-1))
+            if not ggml.are_finite(raw, self.entry.dtype):
+                raise self._not_finite()
+            yield first, raw
+
+    def _fetch(self, begin: int, raw: Tensor) -> None:
+        """Fill `raw` with the bytes from `begin` on."""
+        view = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            self.file.seek(self.entry.start + begin)
+            while len(view):
+                count = self.file.readinto(view)  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(
+                        f"{self.header.path} became shorter while it was read; load again when it is whole"
+                    )
+                view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.header.path} cannot be read: {reason(error)}") from error
+
+    def _require_finite(self, part: Tensor, raw: Tensor) -> None:
+        # The extremes are NaN if any value is, and take no memory of their own.
+        if all(math.isfinite(float(extreme)) for extreme in part.aminmax()):
+            return
+        if self.entry.dtype in ggml.KINDS:
+            raw = ggml.widen(raw, self.entry.dtype, torch.float32)
+        if not bool(torch.isfinite(raw).all()):
+            raise self._not_finite()
         largest, target = float(raw.double().abs().max()), str(part.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{where} has values up to {largest:g}, beyond the range of {target}; "
+            f"{self._where} has values up to {largest:g}, beyond the range of {target}; "
             "load with dtype='bfloat16' or 'float32'"
         )
-    raise CheckpointError(
-        f"{where} has values that are NaN or infinite; the file is damaged: download or copy it again"
-    )
+
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where} has values that are NaN or infinite; the file is damaged: download or copy it again"
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"{self.header.path}: the tensor {shown(self.name)}"

@@ -26,6 +26,7 @@ from .options import (
     LocalFilesOnly,
     Memory,
     Quiet,
+    Transformer,
     WeightDtype,
     check_request,
     choose_model,
@@ -67,6 +68,7 @@ def generate(
     device: Device = None,
     memory: Memory = None,
     weight_dtype: WeightDtype = None,
+    transformer: Transformer = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
     cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
@@ -110,6 +112,7 @@ def generate(
         device=device,
         memory=memory,
         weight_dtype=weight_dtype,
+        transformer=transformer,
         revision=revision,
         cache_dir=cache_dir,
     )

@@ -36,6 +36,10 @@ Memory = Annotated[str | None, typer.Option("--memory", help="Of the device, at 
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="What weights are stored as: full, int8, float8 or nf4.")
 ]
+Transformer = Annotated[
+    str | None,
+    typer.Option("--transformer", help="Its weights: a GGUF or safetensors file, here or owner/name/file on the hub."),
+]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads, not the hub's cache.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file if it exists.")]

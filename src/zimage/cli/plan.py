@@ -13,7 +13,17 @@ from ..memory.planner import make_plan
 from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
 from ..request import GenerationRequest
 from .checkpoints import table
-from .options import MODEL_HELP, MODEL_VARIABLE, Dtype, Json, WeightDtype, check_request, is_released, read_size
+from .options import (
+    MODEL_HELP,
+    MODEL_VARIABLE,
+    Dtype,
+    Json,
+    Transformer,
+    WeightDtype,
+    check_request,
+    is_released,
+    read_size,
+)
 
 
 def plan(
@@ -30,13 +40,14 @@ def plan(
         str | None, typer.Option("--text-encoder", help="resident, streamed or cpu; chosen if not given.")
     ] = None,
     weight_dtype: WeightDtype = None,
+    transformer: Transformer = None,
     json: Json = False,
 ) -> None:
     """Say what would sit where, and the memory that a picture would need.
 
     For the released models no weights need be there. Exit code 1 if nothing fits.
     """
-    sizes = _sizes(model)
+    sizes = _sizes(model, transformer)
     sides = read_size(size or str(sizes.native_side), None, None)
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
     work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
@@ -71,12 +82,12 @@ def _sources(placement: Placement) -> str:
     return str(text or blocks)
 
 
-def _sizes(model: str) -> ModelSizes:
-    if is_released(model):
+def _sizes(model: str, transformer: str | None) -> ModelSizes:
+    if is_released(model) and transformer is None:
         return RELEASED
     from ..checkpoint.sizes import checkpoint_sizes
 
-    return checkpoint_sizes(model)
+    return checkpoint_sizes(model, transformer)
 
 
 def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:

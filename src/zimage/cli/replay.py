@@ -108,6 +108,7 @@ def _load(
     try:
         return ZImagePipeline.from_pretrained(
             source,
+            transformer=None if model else recipe.model["transformer"] or None,
             variant=recipe.request.variant,
             dtype=dtype if dtype in _DTYPES else None,
             device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),

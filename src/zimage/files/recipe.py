@@ -26,7 +26,7 @@ FORMAT = 1
 """Version of the JSON; counted up whenever a reader of the previous one would misread it."""
 MAX_CHARACTERS = 2**20
 """Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
-MODEL_KEYS = ("source", "revision", "variant", "fingerprint")
+MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
@@ -40,7 +40,8 @@ class Recipe:
 
     Args:
         request: the request, resolved. Tensors in it are not kept: their names go to `given`.
-        model: `source` (hub id, folder or file), `revision`, `variant` and `fingerprint` of the weights; "" is unknown.
+        model: `source` (hub id or folder), `revision`, `variant` and `fingerprint` of the weights, and `transformer`,
+            the file that this came from if not from there; "" is unknown.
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
         pixels: `pixel_digest` of the picture.
         given: names of tensors that the request had in place of texts or noise.
@@ -56,7 +57,7 @@ class Recipe:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
         for name, value in {
             "request": replace(self.request, tensors={}),
-            "model": _texts("model", self.model),
+            "model": {"transformer": "", **_texts("model", self.model)},
             "runtime": _texts("runtime", self.runtime),
             "given": given,
         }.items():
@@ -118,7 +119,7 @@ def differences(recipe: Recipe, other_model: Mapping[str, str], other_runtime: M
     same_weights = bool(fingerprint) and fingerprint == other_model.get("fingerprint")
     for key in MODEL_KEYS:
         was, now = recipe.model[key], other_model.get(key, "")
-        if was and now and was != now and not (same_weights and key in ("source", "revision")):
+        if was and now and was != now and not (same_weights and key in ("source", "revision", "transformer")):
             sentences.append(f"model {key} was {_printable(was)}, here it is {_printable(now)}")
     for key, was in recipe.runtime.items():
         now = other_runtime.get(key, "")

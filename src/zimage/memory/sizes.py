@@ -17,6 +17,13 @@ NF4_BLOCK = 64
 STORED_BYTES = {"int8": 1.0, "float8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}
 """Bytes of a weight that is stored in fewer than 16 bits, scales included; those of whole rows are a thousandth."""
 
+GGML_BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+}  # fmt: skip
+"""Numbers and bytes of a block of each kind that GGUF files store weights as, by ggml's names."""
+
 TOKEN_MULTIPLE = 32
 TOKEN_SIDE = 16
 """Pixels per side of an image token: 8 of the autoencoder times a patch of 2."""
@@ -34,6 +41,9 @@ class ModelSizes:
     `text_layers` and `blocks` count the parameters of each layer that can be moved on its own, in the order in which
     they run: `blocks` are the noise refiners and the main layers without their modulations, which are needed for all
     steps at once and count among `transformer_rest`; `context_blocks` run once per prompt.
+
+    What a file has in fewer bits and keeps so is not among them: `packed_blocks` and `packed_context` are its bytes in
+    each block, empty where there is nothing of it.
     """
 
     text_layers: tuple[int, ...]
@@ -52,6 +62,13 @@ class ModelSizes:
     """Residual blocks of each level."""
     native_side: int = 1024
     """Pixels per side of the pictures that it was trained on."""
+    packed_blocks: tuple[int, ...] = ()
+    packed_context: tuple[int, ...] = ()
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the transformer that a file has in fewer bits."""
+        return sum(self.packed_blocks) + sum(self.packed_context)
 
     @property
     def text_encoder(self) -> int:

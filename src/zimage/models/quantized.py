@@ -1,4 +1,5 @@
-"""Linear layers whose weights take 4 or 8 bits: rounded row by row while they are loaded, widened when they are used.
+"""Linear layers whose weights take 2 to 8 bits: rounded row by row while they are loaded, or packed in a file already,
+and widened when they are used.
 
 What comes in and goes out has the compute type, so a layer stands where the plain one stood. Meant are those of the
 blocks, without modulations, embedders and the final layer, which are few and which images depend on most. Knows no
@@ -8,12 +9,14 @@ files and no plans.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..memory.sizes import NF4_BLOCK
+from . import ggml
 
 INT8_MOST, FLOAT8_MOST = 127.0, 448.0
 """The largest values of int8 (symmetric) and of float8 e4m3 (arXiv 2209.05433, table 1)."""
@@ -35,8 +38,44 @@ STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "nf4": torch.uint8}
 """What the weights of each kind are stored as; of nf4 two to a byte."""
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer of `kind` "int8", "float8" or "nf4" with the parameters of diffusers' or transformers' plain one.
+class StoredLinear(nn.Module):
+    """A linear layer with the parameters of diffusers' or transformers' plain one, its `weight` stored as `kind`."""
+
+    weight: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.kind, self.in_features, self.out_features = kind, linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` (..., in) to (..., out); the weights are widened to its type for this one product."""
+        return F.linear(hidden, self.widened(hidden.dtype), self.bias)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) in `dtype`."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """As torch prints it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+class PackedLinear(StoredLinear):
+    """Weights as a GGUF file has them, of one of ggml's kinds: `weight` (out, bytes) in uint8, scales among them."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        """In the place of `linear`, without values, on the meta device."""
+        super().__init__(linear, kind)
+        self.weight = _empty((self.out_features, ggml.packed_bytes(kind, self.in_features)), torch.uint8)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) in `dtype`."""
+        return ggml.widen(self.weight, self.kind, dtype)
+
+
+class QuantizedLinear(StoredLinear):
+    """A linear layer of `kind` "int8", "float8" or "nf4".
 
     `weight` (out, in) holds what is stored, of nf4 (out, in / 2); `scale` in float32 is what that is multiplied with:
     (out, 1), of nf4 (out, in / 64).
@@ -44,17 +83,11 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         """In the place of `linear`, without values, on the meta device."""
-        super().__init__()
+        super().__init__(linear, kind)
         rows, columns = linear.weight.shape
-        self.kind, self.in_features, self.out_features = kind, columns, rows
         packed, groups = (columns // 2, columns // NF4_BLOCK) if kind == "nf4" else (columns, 1)
         self.weight = _empty((rows, packed), STORED[kind])
         self.scale = _empty((rows, groups), torch.float32)
-        self.bias = linear.bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden` (..., in) to (..., out); the weights are widened to its type for this one product."""
-        return F.linear(hidden, self.widened(hidden.dtype), self.bias)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) in `dtype`."""
@@ -65,19 +98,36 @@ class QuantizedLinear(nn.Module):
         parts = zip(self.weight.split(rows), self.scale.split(rows), strict=True)
         return torch.cat([_nf4_values(weight, scale, levels) for weight, scale in parts])
 
-    def extra_repr(self) -> str:
-        """As torch prints it."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
-
 
 def quantize(module: nn.Module, kind: str, *blocks: str) -> None:
     """Replace the linear layers in the lists of blocks named `blocks` of a module that has no values yet."""
-    for name in blocks:
-        for block in getattr(module, name):
-            for path, layer in list(block.named_modules()):
-                if type(layer) is nn.Linear and not path.startswith(SKIPPED) and fits(layer, kind):
-                    owner, _, leaf = path.rpartition(".")
-                    setattr(block.get_submodule(owner), leaf, QuantizedLinear(layer, kind))
+    for path, layer in _plain_layers(module, blocks):
+        if fits(layer, kind):
+            _replace(module, path, QuantizedLinear(layer, kind))
+
+
+def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
+    """Replace those linear layers in the lists of blocks named `blocks` whose `weight` a file has as one of `kinds`."""
+    for path, layer in _plain_layers(module, blocks):
+        kind = kinds.get(f"{path}.weight")
+        if kind in ggml.KINDS:
+            _replace(module, path, PackedLinear(layer, kind))
+
+
+def _plain_layers(module: nn.Module, blocks: tuple[str, ...]) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of blocks that may be stored in fewer bits, by their names in the module."""
+    return [
+        (f"{name}.{number}.{path}", layer)
+        for name in blocks
+        for number, block in enumerate(getattr(module, name))
+        for path, layer in block.named_modules()
+        if type(layer) is nn.Linear and not path.startswith(SKIPPED)
+    ]
+
+
+def _replace(module: nn.Module, path: str, layer: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, layer)
 
 
 def fits(layer: nn.Linear, kind: str) -> bool:

@@ -28,6 +28,9 @@ PATCH = 2
 TOKEN_MULTIPLE = 32
 """Image tokens and caption tokens are each filled up to a multiple of this with a learned pad, which is attended."""
 
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
+"""The lists of its blocks."""
+
 BlockModulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """attention scale, attention gate, feed-forward scale, feed-forward gate; each (B, 1, dim)."""
 
