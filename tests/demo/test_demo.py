@@ -14,8 +14,8 @@ from zimage import ZImagePipeline, read_recipe
 FOLDER = Path(zimage.__file__).parent / "demo"
 MOST_BYTES = 16 * 10**6
 DIGESTS = {
-    "demo": "175d3c6aa32e2e9ca4229837764c98c67dc94c22a84b3689ac9287fa2c05fd32",
-    "demo-turbo": "1cd366afde8d59ed250cffebc76c347e60ac1e687cce43165821515ffb9b1a3c",
+    "demo": "22182654e6f7b702910c489a674694b5fff155d3e93271e8e1a57a03653d0c09",
+    "demo-turbo": "4ff677cfaba9ed4834fb83215b53af2eccddb989a3aa481527885adb86a697f9",
 }
 """SHA-256 over the names and contents of all files."""
 

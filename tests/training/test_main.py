@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from zimage import ZImagePipeline
 from zimage.training import __main__ as command
 from zimage.training import config
-from zimage.training.config import FlowStage, ModelSize
+from zimage.training.config import DistillationStage, FlowStage, ModelSize
 
 from .conftest import FLOW
 
@@ -21,13 +22,24 @@ from .conftest import FLOW
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's model, in steps that take a moment."""
     stage = replace(FLOW, log_every=1)
-    monkeypatch.setattr(config.Training, "__init__", lambda self: self.__dict__.update(size=ModelSize(), flow=stage))
+    distillation = DistillationStage(scenes=FLOW.scenes, learning_rate=1e-4, matrix_rate=1e-4, log_every=1)
+    monkeypatch.setattr(
+        config.Training,
+        "__init__",
+        lambda self: self.__dict__.update(size=ModelSize(), finishing=stage, distillation=distillation),
+    )
     monkeypatch.setattr(command, "FlowStage", lambda: stage)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
     command.main()
+
+
+def last_layer(model: str | Path) -> torch.Tensor:
+    pipe = ZImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+    weight: torch.Tensor = pipe.transformer.layers[-1].feed_forward.w2.weight
+    return weight
 
 
 def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
@@ -42,6 +54,10 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     assert lines[0]["loss"] < 0.6  # the demo has learned already
     run(monkeypatch, "export", tmp_path)
     assert ZImagePipeline.from_pretrained(tmp_path / "demo", device="cpu").limits.native_side == 128
+    run(monkeypatch, "distill", tmp_path, "--model", "demo-turbo", "--steps", 2, "--batch", 2)
+    run(monkeypatch, "export", tmp_path, "--variant", "turbo")
+    student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", tmp_path / "demo"))
+    assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
     capsys.readouterr()
     run(monkeypatch, "evaluate", tmp_path, "--count", 1, "--sampling-steps", 1, "--guidance", 0)
     figures = json.loads(capsys.readouterr().out)

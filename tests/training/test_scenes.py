@@ -98,6 +98,13 @@ def test_how_often_there_are_how_many(scenes: list[Scene]) -> None:
     assert min(shares[relation] for relation in world.RELATIONS) > 0.15 * len(pairs)
 
 
+def test_stars_are_drawn_twice_as_often_as_other_shapes(scenes: list[Scene]) -> None:
+    drawn = Counter(scene.objects[0].shape for scene in scenes if len(scene.objects) == 1)
+    assert sorted(drawn) == sorted(world.SHAPES)
+    for shape, count in drawn.items():
+        assert count / drawn.total() == pytest.approx(1 / 3 if shape == "star" else 1 / 6, abs=0.035)
+
+
 @pytest.mark.parametrize("canvas", world.CANVASES)
 def test_sizes_in_pixels(canvas: tuple[int, int]) -> None:
     """Of every shape in both sizes, as measured in the picture."""

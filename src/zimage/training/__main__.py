@@ -59,12 +59,12 @@ def latents(options: argparse.Namespace) -> None:
 
 
 def flow(options: argparse.Namespace) -> None:
-    """Train text encoder and transformer."""
+    """Train text encoder and transformer, or finish those of `--model`."""
     from .flow import train_flow
 
     training = Training()
     train_flow(
-        _changed(training.flow, options),
+        _changed(training.finishing if options.model else training.flow, options),
         training.size,
         options.folder / FLOW,
         data=options.folder,
@@ -85,6 +85,7 @@ def distill(options: argparse.Namespace) -> None:
         options.folder / TURBO,
         teacher=options.folder / FLOW,
         data=options.folder,
+        initial=options.model,
         compiled=options.compile,
         **_course(options),
     )
@@ -122,7 +123,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "steps": (RUNS, {"type": int, "help": "steps of the whole run"}),
     "batch": (RUNS, {"type": int, "help": "pictures of a step"}),
     "compile": (("flow", "distill"), {"action": "store_true", "help": "compile the blocks; needs a C++ compiler"}),
-    "model": (("prepare", "flow", "evaluate"), {"help": "a checkpoint, instead of what was trained in the folder"}),
+    "model": (
+        ("prepare", "flow", "distill", "evaluate"),
+        {"help": "a checkpoint to start from or to measure, instead of what was trained in the folder"},
+    ),
     "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
     "count": (("evaluate",), {"type": int, "default": 50, "help": "captions of each kind and language"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),

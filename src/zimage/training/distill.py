@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pipeline import ZImagePipeline
 from ..sampling.guidance import guide
 from ..sampling.schedule import shifted_sigmas
 from ..variants import TURBO
@@ -34,19 +35,26 @@ def train_turbo(
     *,
     teacher: Path,
     data: Path,
+    initial: str | None = None,
     seed: int = 0,
     resume: bool = False,
     until: int | None = None,
     progress: bool = True,
     compiled: bool = False,
 ) -> None:
-    """Distil the average of the run in the folder `teacher`, on the data that it learned from."""
+    """Distil the average of the run in the folder `teacher`, on the data that it learned from.
+
+    The student starts as its teacher, or from the weights of the checkpoint `initial`, an earlier student of it.
+    """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     painter = Painter(size).to(device)
     fill(painter, average_of(teacher), f"the run in {teacher}")
     painter.requires_grad_(False)
     student = copy.deepcopy(painter.transformer).requires_grad_(True)
+    if initial is not None and not resume:
+        earlier = ZImagePipeline.from_pretrained(initial, dtype="float32", device="cpu")
+        fill(student, earlier.transformer.state_dict(), "the student to start from")
     tokenizer = load_tokenizer(data / "tokenizer")
     batches = Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo")
     empty = batch_of(tokens_of(tokenizer, [""]))

@@ -50,6 +50,8 @@ PALETTE = {
 }
 COUNT_SHARES = (0.45, 0.45, 0.10)
 """Of scenes with one object, two and three."""
+SHAPE_WEIGHTS = {"star": 2.0}
+"""How often a shape is drawn, against 1 of the others: a small star is learned last, of all that is named here."""
 INSIDE_SHARE = 0.35
 """Of the scenes with two objects."""
 SEVERAL_LARGE = (0.40, 0.46)
@@ -151,7 +153,7 @@ def _side_by_side(colours: list[str], canvas: tuple[int, int], rng: np.random.Ge
     for colour in colours:
         size = str(rng.choice(SIZES))
         limits = SEVERAL_LARGE if several and size == "large" else EXTENTS[size]
-        objects.append(_unplaced(str(rng.choice(SHAPES)), colour, size, limits, rng))
+        objects.append(_unplaced(_shape(SHAPES, rng), colour, size, limits, rng))
     boxes = [_box(placed) for placed in objects]
     room, half = _room(canvas), np.array(boxes) / 2
     tries = rng.uniform(MARGIN + half, room - MARGIN - half, (200, len(objects), 2))
@@ -166,11 +168,17 @@ def _side_by_side(colours: list[str], canvas: tuple[int, int], rng: np.random.Ge
 
 def _one_inside(colours: list[str], canvas: tuple[int, int], rng: np.random.Generator) -> list[SceneObject]:
     """A small object in the middle of a large one."""
-    content = _unplaced(str(rng.choice(CONTENTS)), colours[0], "small", CONTENT, rng)
-    container = _unplaced(str(rng.choice(CONTAINERS)), colours[1], "large", CONTAINER, rng)
+    content = _unplaced(_shape(CONTENTS, rng), colours[0], "small", CONTENT, rng)
+    container = _unplaced(_shape(CONTAINERS, rng), colours[1], "large", CONTAINER, rng)
     room, half = _room(canvas), _box(container) / 2
     where = rng.uniform(MARGIN + half, room - MARGIN - half)
     return [_placed(content, (where + _middle(container) - _middle(content)) / room), _placed(container, where / room)]
+
+
+def _shape(choices: tuple[str, ...], rng: np.random.Generator) -> str:
+    """One of the shapes, as often as `SHAPE_WEIGHTS` has it."""
+    weights = np.array([SHAPE_WEIGHTS.get(shape, 1.0) for shape in choices])
+    return str(rng.choice(choices, p=weights / weights.sum()))
 
 
 def _unplaced(shape: str, colour: str, size: str, limits: tuple[float, float], rng: np.random.Generator) -> SceneObject:
