@@ -77,6 +77,8 @@ class Outcome:
     error: str | None
     cause: str | None
     torch_was_loaded: bool
+    transformer: str | None = None
+    transformer_name: str | None = None
 
 
 _LOCATE = """
@@ -91,6 +93,8 @@ out = dict(folder=None, hub_id=None, revision=None, error=None, cause=None)
 try:
     found = locate(source, **options)
     out.update(folder=str(found.folder), hub_id=found.hub_id, revision=found.revision)
+    if found.transformer:
+        out.update(transformer=str(found.transformer), transformer_name=found.transformer_name)
 except CheckpointError as error:
     out.update(error=str(error), cause=type(error.__cause__).__name__)
 print(json.dumps(out | dict(torch_was_loaded="torch" in sys.modules)))

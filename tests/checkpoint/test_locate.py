@@ -123,6 +123,24 @@ def test_only_needed_files_are_downloaded_and_only_once(copy: Path, hub: Hub, lo
     assert hub.requests == []
 
 
+def test_a_transformer_of_its_own_is_downloaded_instead(copy: Path, hub: Hub, locate_anew: Locator) -> None:
+    (copy / "more").mkdir()
+    (copy / "more" / "model-Q4_0.gguf").write_bytes(b"GGUF, small")
+    hub.files = copy
+    found = locate_anew(transformer="org/model/more/model-Q4_0.gguf")
+    assert found.error is None
+    assert found.transformer_name == "org/model/more/model-Q4_0.gguf"
+    assert Path(found.transformer or "").read_bytes() == b"GGUF, small"
+    assert not found.torch_was_loaded
+    weights = {name for name in hub.asked("GET") if name.endswith((".safetensors", ".gguf"))}
+    assert weights == {"more/model-Q4_0.gguf", *WEIGHTS} - {"transformer/diffusion_pytorch_model.safetensors"}
+    assert locate_anew(transformer="org/model/more/model-Q4_0.gguf", local_files_only=True) == found
+    here = locate_anew(transformer=str(copy / "more" / "model-Q4_0.gguf"))
+    assert (here.transformer, here.transformer_name) == (str(copy / "more" / "model-Q4_0.gguf"), None)
+    lacking = locate_anew(transformer="org/model/more/model-Q8_0.gguf").error
+    assert lacking == "org/model has no more/model-Q8_0.gguf, see which files it has on its page"
+
+
 def test_what_the_repository_lacks_is_asked_for_once(copy: Path, hub: Hub, locate_anew: Locator) -> None:
     config = copy / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}).replace("chat_t", "t"))
