@@ -204,14 +204,14 @@ def expected(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("source", ["memory", "files"])
 def test_packed_layers_pass_through_the_device_with_the_same_bits(folder: Path, mixed: Path, source: str) -> None:
-    pipe = load(folder, mixed, "bfloat16")
+    pipe = load(folder, mixed)
     made = latents(pipe)
     assert pipe.plan is not None
     placement = replace(
         pipe.plan.placement, text_encoder="streamed", resident_blocks=4, context_resident=False, slots=2,
         text_source=source, block_source=source,
     )  # fmt: skip
-    streamed = load(folder, mixed, "bfloat16", memory=replace(pipe.plan, placement=placement))
+    streamed = load(folder, mixed, memory=replace(pipe.plan, placement=placement))
     assert streamed.weights == "gguf"
     assert torch.equal(latents(streamed), made)
     pipe.enable_sequential_cpu_offload()

@@ -15,7 +15,7 @@ from zimage.training import judge
 from zimage.training.captions import evaluation_captions
 from zimage.training.evaluate import Recipe, adherence, draw
 
-RECIPE = Recipe(steps=20, shift=6.0, guidance_scale=4.0)
+RECIPE = Recipe(steps=12, shift=3.0, guidance_scale=4.0)
 TURBO_RECIPE = Recipe(steps=8, shift=3.0, guidance_scale=0.0)
 COUNT = 48
 
@@ -36,7 +36,7 @@ def right(pipe: Any, kind: str, language: str, recipe: Recipe) -> float:
 
 @pytest.mark.parametrize(
     ("kind", "language", "least"),
-    [("single", "en", 0.85), ("single", "zh", 0.85), ("pair", "en", 0.7), ("pair", "zh", 0.7)],
+    [("single", "en", 0.9), ("single", "zh", 0.9), ("pair", "en", 0.8), ("pair", "zh", 0.8)],
 )
 def test_captions_are_drawn_as_they_say(demo: Any, kind: str, language: str, least: float) -> None:
     assert right(demo, kind, language, RECIPE) >= least
@@ -44,7 +44,7 @@ def test_captions_are_drawn_as_they_say(demo: Any, kind: str, language: str, lea
 
 @pytest.mark.parametrize(
     ("kind", "language", "least"),
-    [("single", "en", 0.8), ("single", "zh", 0.8), ("pair", "en", 0.7), ("pair", "zh", 0.7)],
+    [("single", "en", 0.85), ("single", "zh", 0.85), ("pair", "en", 0.7), ("pair", "zh", 0.7)],
 )
 def test_turbo_draws_them_in_eight_evaluations(turbo: Any, kind: str, language: str, least: float) -> None:
     assert right(turbo, kind, language, TURBO_RECIPE) >= least
@@ -53,7 +53,7 @@ def test_turbo_draws_them_in_eight_evaluations(turbo: Any, kind: str, language: 
 def test_in_eight_evaluations_turbo_is_better(demo: Any, turbo: Any) -> None:
     """As many evaluations without guidance, and also as many steps with it."""
     distilled = right(turbo, "pair", "en", TURBO_RECIPE)
-    assert distilled >= right(demo, "pair", "en", replace(RECIPE, steps=8, guidance_scale=0.0)) + 0.2
+    assert distilled >= right(demo, "pair", "en", replace(RECIPE, steps=8, guidance_scale=0.0)) + 0.1
     assert distilled >= right(demo, "pair", "en", replace(RECIPE, steps=4))
 
 

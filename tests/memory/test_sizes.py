@@ -27,7 +27,7 @@ from zimage.models.transformer import Caption
 Blanks = Callable[[str], dict[str, Blank]]
 WORKS = [
     ("real", Work(height=1024, width=1024, tokens=96, dtype="bfloat16")),
-    ("real", Work(height=2048, width=1024, tokens=512, dtype="bfloat16")),
+    ("real", Work(height=1280, width=768, tokens=512, dtype="bfloat16")),
     ("real", Work(height=1024, width=1024, tokens=512, dtype="float16")),
     ("real", Work(height=512, width=768, tokens=160, dtype="float32")),
     ("small", Work(height=512, width=512, tokens=64, dtype="bfloat16")),

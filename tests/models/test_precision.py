@@ -135,6 +135,17 @@ def test_casts_to_half_precision_are_skipped(cast: Callable[[Tensor], Tensor]) -
         assert torch.equal(cast(exact), exact)
 
 
+def test_what_a_skipped_cast_gives_may_be_written_to() -> None:
+    """As long as the cast would have made a tensor of its own."""
+    exact, half = torch.ones(2), torch.ones(2, dtype=torch.float16)
+    with Float32Math():
+        exact.bfloat16().mul_(2.0)
+        exact.to(torch.float16).add_(1.0)
+        assert torch.equal(exact, torch.ones(2))
+        half.to(torch.float16).mul_(2.0)
+    assert torch.equal(half, torch.ones(2, dtype=torch.float16))
+
+
 def test_other_types_are_left_alone() -> None:
     whole, double = torch.tensor([1, 2]), torch.tensor([1.0], dtype=torch.float64)
     with Float32Math():

@@ -167,14 +167,14 @@ def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["memory", "files"])
 def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str, source: str) -> None:
-    pipe = load(folder, "bfloat16", weight_dtype=kind)
+    pipe = load(folder, weight_dtype=kind)
     made = latents(pipe)
     assert pipe.plan is not None
     placement = replace(
         pipe.plan.placement, text_encoder="streamed", resident_blocks=4, context_resident=False, slots=2,
         text_source=source, block_source=source,
     )  # fmt: skip
-    streamed = load(folder, "bfloat16", memory=replace(pipe.plan, placement=placement))
+    streamed = load(folder, memory=replace(pipe.plan, placement=placement))
     assert streamed.weights == kind
     assert torch.equal(latents(streamed), made)
     pipe.enable_sequential_cpu_offload()

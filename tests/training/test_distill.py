@@ -17,7 +17,7 @@ from zimage.training.distill import Lesson, lesson_loss, train_turbo
 from zimage.training.flow import Batches, train_flow
 from zimage.training.latents import load_latents
 from zimage.training.models import Painter, half_precision, predict
-from zimage.training.state import read_state
+from zimage.training.state import average_of, fill, read_state
 from zimage.training.tokenizer import batch_of, load_tokenizer, tokens_of
 
 from .conftest import FLOW
@@ -29,25 +29,30 @@ STAGE = DistillationStage(
 
 
 @pytest.fixture(scope="module")
-def teacher(data: Path, size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(data: Path, size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     train_flow(replace(FLOW, steps=30, learning_rate=5e-3), size, folder, data=data, progress=False)
     return folder
 
 
-def test_a_few_steps_bring_the_student_nearer(teacher: Path, data: Path, size: ModelSize, tmp_path: Path) -> None:
+@pytest.fixture
+def teacher(trained: Path, size: ModelSize) -> Painter:
+    painter = Painter(size)
+    fill(painter, average_of(trained), "the teacher")
+    return painter
+
+
+def test_a_few_steps_bring_the_student_nearer(teacher: Painter, data: Path, tmp_path: Path) -> None:
     stage = replace(STAGE, steps=40, batch=8, guidance_scale=6.0)
-    train_turbo(stage, size, tmp_path, teacher=teacher, data=data, progress=False)
+    train_turbo(stage, teacher, tmp_path, data=data, progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_went_through(
-    teacher: Path, data: Path, size: ModelSize, tmp_path: Path
-) -> None:
+def test_a_resumed_run_has_the_bits_of_one_that_went_through(teacher: Painter, data: Path, tmp_path: Path) -> None:
     for name, until in (("through", None), ("parts", 3)):
-        train_turbo(STAGE, size, tmp_path / name, teacher=teacher, data=data, progress=False, until=until)
-    train_turbo(STAGE, size, tmp_path / "parts", teacher=teacher, data=data, progress=False, resume=True)
+        train_turbo(STAGE, teacher, tmp_path / name, data=data, progress=False, until=until)
+    train_turbo(STAGE, teacher, tmp_path / "parts", data=data, progress=False, resume=True)
     through, parts = (read_state(tmp_path / name)[0] for name in ("through", "parts"))
     assert all(torch.equal(through[name], parts[name]) for name in through)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,12 @@ def last_layer(model: str | Path) -> torch.Tensor:
     return weight
 
 
+def embeddings(model: str | Path) -> torch.Tensor:
+    pipe = ZImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+    weight: torch.Tensor = pipe.text_encoder.model.embed_tokens.weight
+    return weight
+
+
 def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +65,17 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     run(monkeypatch, "export", tmp_path, "--variant", "turbo")
     student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", tmp_path / "demo"))
     assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
+    teacherless = tmp_path / "teacherless"
+    run(monkeypatch, "prepare", teacherless)
+    shutil.copy(tmp_path / "latents.safetensors", teacherless)
+    options = ("--teacher", tmp_path / "demo")
+    run(monkeypatch, "distill", teacherless, *options, "--model", "demo-turbo", "--steps", 2, "--batch", 2)
+    run(monkeypatch, "export", teacherless, *options, "--variant", "turbo")
+    student = last_layer(teacherless / "demo-turbo")
+    assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
+    words, of_teacher = map(embeddings, (teacherless / "demo-turbo", tmp_path / "demo"))
+    assert torch.equal(words, of_teacher)
+    assert not torch.equal(words, embeddings("demo"))
     capsys.readouterr()
     run(monkeypatch, "evaluate", tmp_path, "--count", 1, "--sampling-steps", 1, "--guidance", 0)
     figures = json.loads(capsys.readouterr().out)

@@ -89,7 +89,8 @@ class Float32Math(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _CASTS:
             result = func(*args, **kwargs)
-            return args[0].to(result.device).float() if result.dtype in _HALF else result
+            is_new = result is not args[0]  # and may be written to without changing what it was made of
+            return args[0].to(result.device, torch.float32, copy=is_new) if result.dtype in _HALF else result
         if _writes_in_place(func):
             return func(args[0], *_widened(args[1:]), **_widened(kwargs))
         return func(*_widened(args), **_widened(kwargs))

@@ -75,15 +75,13 @@ def flow(options: argparse.Namespace) -> None:
 
 
 def distill(options: argparse.Namespace) -> None:
-    """Distil the flow's average into a turbo."""
+    """Distil the flow's average, or the model of `--teacher`, into a turbo."""
     from .distill import train_turbo
 
-    training = Training()
     train_turbo(
-        _changed(training.distillation, options),
-        training.size,
+        _changed(Training().distillation, options),
+        _teacher(options),
         options.folder / TURBO,
-        teacher=options.folder / FLOW,
         data=options.folder,
         initial=options.model,
         compiled=options.compile,
@@ -127,6 +125,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("prepare", "flow", "distill", "evaluate"),
         {"help": "a checkpoint to start from or to measure, instead of what was trained in the folder"},
     ),
+    "teacher": (
+        ("distill", "evaluate", "export"),
+        {"help": "a checkpoint whose turbo this is, instead of the model that was trained in the folder"},
+    ),
     "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
     "count": (("evaluate",), {"type": int, "default": 50, "help": "captions of each kind and language"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
@@ -163,6 +165,21 @@ def _course(options: argparse.Namespace) -> dict[str, Any]:
     return {"seed": options.seed, "resume": options.resume, "until": options.until}
 
 
+def _teacher(options: argparse.Namespace) -> Any:
+    """The model that a turbo is distilled from, with its text encoder."""
+    from .models import Painter
+    from .state import average_of, fill
+
+    painter = Painter(Training().size)
+    if options.teacher:
+        from ..pipeline import ZImagePipeline
+
+        painter.take(ZImagePipeline.from_pretrained(options.teacher, dtype="float32", device="cpu"))
+    else:
+        fill(painter, average_of(options.folder / FLOW), f"the run in {options.folder / FLOW}")
+    return painter
+
+
 def _pipeline(options: argparse.Namespace) -> Any:
     from ..pipeline import ZImagePipeline
 
@@ -170,11 +187,10 @@ def _pipeline(options: argparse.Namespace) -> Any:
         if options.variant:
             raise RequestError("--variant chooses between the folder's two models and --model names one; drop one")
         return ZImagePipeline.from_pretrained(options.model, device="cpu")
-    from .models import Painter, make_pipeline
+    from .models import make_pipeline
     from .state import average_of, fill
 
-    painter = Painter(Training().size)
-    fill(painter, average_of(options.folder / FLOW), f"the run in {options.folder / FLOW}")
+    painter = _teacher(options)
     if options.variant == "turbo":
         turbo = options.folder / TURBO
         fill(painter.transformer, average_of(turbo), f"the run in {turbo}")

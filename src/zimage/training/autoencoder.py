@@ -19,6 +19,7 @@ from torch import Tensor
 from . import judge
 from .config import LATENT_CHANNELS, LATENT_SCALE, AutoencoderStage, ModelSize
 from .loop import Losses, run
+from .models import half_precision
 from .scenes import Example, Pixels, example
 from .state import TrainingState, average_of, step_generator
 from .world import CANVASES
@@ -120,7 +121,7 @@ def train_autoencoder(
 
 def autoencoder_losses(vae: Any, pixels: Tensor, stage: AutoencoderStage, generator: torch.Generator) -> Losses:
     """The loss of a batch of pixels (B, 3, H, W) and its parts; see `AutoencoderStage`."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with half_precision(pixels.device):
         mean, log_variance = vae.encoder(pixels).float().chunk(2, dim=1)  # (B, 16, H / 8, W / 8) each
         log_variance = log_variance.clamp(-30.0, 20.0)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)

@@ -19,21 +19,20 @@ from ..pipeline import ZImagePipeline
 from ..sampling.guidance import guide
 from ..sampling.schedule import shifted_sigmas
 from ..variants import TURBO
-from .config import DistillationStage, ModelSize
+from .config import DistillationStage
 from .flow import Batch, Batches
 from .latents import load_latents
 from .loop import Losses, run
 from .models import Painter, compile_blocks, half_precision, predict
-from .state import TrainingState, average_of, fill, step_generator
+from .state import TrainingState, fill, step_generator
 from .tokenizer import batch_of, load_tokenizer, tokens_of
 
 
 def train_turbo(
     stage: DistillationStage,
-    size: ModelSize,
+    painter: Painter,
     folder: Path,
     *,
-    teacher: Path,
     data: Path,
     initial: str | None = None,
     seed: int = 0,
@@ -42,15 +41,13 @@ def train_turbo(
     progress: bool = True,
     compiled: bool = False,
 ) -> None:
-    """Distil the average of the run in the folder `teacher`, on the data that it learned from.
+    """Distil the teacher `painter` on the tokenizer and the latents in `data`.
 
     The student starts as its teacher, or from the weights of the checkpoint `initial`, an earlier student of it.
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    painter = Painter(size).to(device)
-    fill(painter, average_of(teacher), f"the run in {teacher}")
-    painter.requires_grad_(False)
+    painter.to(device).requires_grad_(False)
     student = copy.deepcopy(painter.transformer).requires_grad_(True)
     if initial is not None and not resume:
         earlier = ZImagePipeline.from_pretrained(initial, dtype="float32", device="cpu")

@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..files.atomic import write_atomically
 from .autoencoder import pixels_of
 from .captions import describe
+from .models import half_precision
 from .scenes import draw_scene, render
 from .world import CANVASES, Scene
 
@@ -54,7 +55,7 @@ def store_latents(vae: Any, folder: Path, scenes: int, *, seed: int, progress: b
             for start in range(0, count, _BATCH):
                 numbers = range(start, min(start + _BATCH, count))
                 pixels = pixels_of([render(scene_of(seed, canvas, number)) for number in numbers])
-                with torch.autocast("cpu", torch.bfloat16):
+                with half_precision(pixels.device):
                     mean = vae.encoder(pixels).float().chunk(2, dim=1)[0]
                 scaled = (mean - config.shift_factor) * config.scaling_factor
                 parts.append(scaled.to(torch.bfloat16).contiguous())

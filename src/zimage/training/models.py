@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3Config, Qwen3Model
 
-from ..models.precision import cast
+from ..models.precision import cast, choose_dtype
 from ..models.transformer import PATCH, ZImageTransformer
 from ..pipeline import ZImagePipeline
 from ..variants import get_variant
@@ -85,8 +85,12 @@ def outputs_of(transformer: Any, block: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def half_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in bfloat16; the text encoder's attention as plain products too (see `plain_attention`)."""
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    """Products in bfloat16 where the device computes in it natively; attention as plain products (`plain_attention`).
+
+    On a CPU without bfloat16 instructions all is float32: emulated, a training step takes many times as long.
+    """
+    native = choose_dtype("auto", device) == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=native), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, RequestError
 from ..files.atomic import write_atomically
+from ..models.precision import Float32Math, choose_dtype
 from .config import Stage
 
 STATE = "state.safetensors"
@@ -77,10 +79,12 @@ class TrainingState:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), stage.clip)
         for group in _groups(self.optimisers):
             group["lr"] = group["initial_lr"] * rate_factor(stage, self.step)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        native = choose_dtype("auto", weights[0].device) == torch.bfloat16
+        with nullcontext() if native else Float32Math():  # Muon multiplies in bfloat16
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
         kept = ema_decay(stage, self.step)
         torch._foreach_lerp_(list(self.average.values()), [weight.detach() for weight in weights], 1.0 - kept)
         self.step += 1
