@@ -24,7 +24,7 @@ from .errors import RequestError, ZImageWarning
 from .memory.budget import find_budget, held_memory
 from .memory.ladder import with_less
 from .memory.plan import Plan, parse_memory
-from .memory.planner import Planning, check_weights, follow, plan_model
+from .memory.planner import EXACT, Planning, check_weights, follow, plan_model
 from .memory.sizes import ModelSizes
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
@@ -94,8 +94,9 @@ class Parts(Placed):
             memory: of the device, how much may be used: "auto" is what is free, "16GB" or "12GiB" no more than that.
                 What does not fit passes through, layer by layer; see `plan`. Or a plan of one's own.
             weight_dtype: what the layers' weights are stored as: "int8", "float8" or "nf4" take a half or a quarter of
-                the memory and change the picture somewhat; "full" is the dtype. Left out, it is int8 where nothing else
-                fits, with a warning, and full otherwise.
+                the memory and change the picture somewhat; "bfloat16" halves that of float32 and is widened as it is
+                used; "full" is the dtype. Left out, it is int8 where nothing else fits, with a warning, before that
+                bfloat16 where the files are, which changes nothing, and full otherwise.
             revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
             low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
 
@@ -229,7 +230,7 @@ def _described(place: Location) -> dict[str, str]:
 
 def _warn_of_weights(plan: Plan) -> None:
     """Where the plan alone decided that weights are stored in fewer bits."""
-    if not plan.placement.weights:
+    if plan.placement.weights in (None, EXACT):
         return
     warnings.warn(
         f"the weights do not fit in {plan.budget.name or 'the memory'} in {plan.work.dtype}, so they are stored in "

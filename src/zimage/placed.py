@@ -72,7 +72,7 @@ class Placed:
 
     @property
     def weights(self) -> str | None:
-        """What layers are stored as: "int8", "float8", "nf4", "gguf" (as in the transformer's file); `None` in full."""
+        """What layers are stored as: "bfloat16", "int8", "float8", "nf4", "gguf" (as in its file); `None` in full."""
         if self._plan is None or self._plan.placement.weights:
             return self._plan.placement.weights if self._plan else None
         return "gguf" if self._plan.sizes.packed else None

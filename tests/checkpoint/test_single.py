@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
 from zimage.cli import main
+from zimage.memory.planner import predict
 from zimage.memory.sizes import GGML_BLOCKS
 from zimage.models import ggml
 from zimage.models.quantized import PackedLinear
@@ -250,7 +251,11 @@ def test_the_plan_counts_the_bytes_of_the_file(folder: Path, mixed: Path) -> Non
 def test_a_file_fits_where_the_folder_does_not(folder: Path, mixed: Path) -> None:
     full = load(folder, None, "bfloat16").plan
     assert full is not None
-    tight = 2 * full.sizes.transformer
+    frugal = replace(
+        full.placement, text_encoder="streamed", resident_blocks=0, context_resident=False, slots=2, strip_levels=2
+    )
+    work = replace(full.work, height=full.sizes.native_side // 4, width=full.sizes.native_side // 4)
+    tight = int((max(one.device for one in predict(full.sizes, work, full.budget, frugal)) - 2**16) / 0.9)
     with pytest.raises(NotEnoughMemory):
         load(folder, None, "bfloat16", memory=tight, weight_dtype="full")
     pipe = load(folder, mixed, "bfloat16", memory=tight, weight_dtype="full")

@@ -109,7 +109,9 @@ def test_what_is_not_given_is_the_models_recipe(zimage: Callable[..., Any], base
 
 def test_any_size_and_no_recipe(zimage: Callable[..., Any], turbo: str) -> None:
     arguments = ("generate", "a fox", "-m", turbo, "--height", "16", "--width", "32", "--steps", "1", "-o", "a.png")
-    assert zimage(*arguments).code == 2
+    refused = zimage(*arguments)
+    assert refused.code == 2
+    assert "Choose such a size, or pass --any-size" in refused.err
     report = json.loads(zimage(*arguments, "--any-size", "--no-recipe", "--json").out)
     with Image.open("a.png") as image:
         assert (image.size, image.info) == ((32, 16), {})

@@ -23,7 +23,7 @@ from zimage.testing.configs import SIZES
 PLACE = Residency.place
 TINY: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 4, "any_size": True}
 LARGE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 2, "seed": 4}
-WIDER: dict[str, Any] = {**LARGE, "height": 512, "width": 512, "num_inference_steps": 1}
+WIDER: dict[str, Any] = {**LARGE, "height": 384, "width": 384, "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -159,23 +159,24 @@ def test_a_device_that_is_too_small_is_made_do_with(small_folder: Path) -> None:
 
 def test_a_decode_that_does_not_fit_is_done_in_strips(small_folder: Path) -> None:
     pipe = load(small_folder)
+    pipe.enable_sequential_cpu_offload()  # all else that helps is done already
     expected = pixels(pipe, **WIDER)
     latents = draw(pipe, **WIDER, output_type="latent").images
     with device(pipe) as roomy:
         pipe.autoencoder.decode(latents, 1)
-    with device(pipe, roomy.peak - 30 * 2**20):
+    with device(pipe, roomy.peak + 2**20):
         output = draw(pipe, **WIDER)
-    assert output.stepped_down[-1].startswith("decoding ran out of memory at 512x512")
+    assert output.stepped_down[-1].startswith("decoding ran out of memory at 384x384")
     assert "in strips" in output.stepped_down[-1]
     assert 0 < np.abs(np.asarray(output.images[0], dtype=np.int16) - expected).max() <= 2
     assert output.images[0].recipe.runtime["decode"].endswith("in strips")
 
 
 def test_a_picture_that_nothing_helps_is_refused_and_the_next_is_drawn(tiny_folder: Path) -> None:
-    """A text encoder of two layers is no smaller when it is streamed."""
+    """Where there is not even memory to move layers away."""
     pipe = load(tiny_folder)
     expected = pixels(pipe, **TINY)
-    refused = pytest.raises(NotEnoughMemory, match=r"^prompt ran out of memory at 64x64, .* The plan was: text encoder")
+    refused = pytest.raises(NotEnoughMemory, match=r"^memory ran out while layers were moved for this plan: ")
     with device(pipe, held(pipe) // 2), refused:
         draw(pipe, **TINY)
     assert np.array_equal(pixels(pipe, **TINY), expected)

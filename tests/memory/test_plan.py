@@ -51,6 +51,19 @@ def test_cards(gigabytes: float, most: float, text_encoder: str, resident: int) 
     assert plan.placement.strip_levels == 0
 
 
+def test_float32_is_widened_from_bfloat16_files_before_anything_is_streamed() -> None:
+    """On a CPU without bfloat16 instructions, whose memory is the host's."""
+    work, host = Work(dtype="float32", height=512, width=512), Budget.of_host(32 * GIB, "32GiB")
+    plan = make_plan(RELEASED, work, host)
+    assert (plan.placement.weights, plan.placement.text_encoder) == ("bfloat16", "resident")
+    assert plan.device_peak < 24 * GIB
+    assert [one.placement.weights for one in plan.rejected] == [None]
+    assert make_plan(RELEASED, work, Budget.of_host(64 * GIB, "64GiB")).placement.weights is None
+    assert make_plan(replace(RELEASED, in_bfloat16=False), work, host).placement.weights is None
+    assert make_plan(RELEASED, work, host, weights="full").placement.text_source == "files"
+    assert make_plan(RELEASED, replace(work, dtype="bfloat16"), host).placement.weights is None
+
+
 def test_everything_resident_is_the_sum_of_weights_and_what_a_stage_needs() -> None:
     work = Work(tokens=100, dtype="float32")
     plan = make_plan(RELEASED, work, card(80))
@@ -98,7 +111,7 @@ def test_what_the_host_cannot_hold_comes_from_files(host: int, sources: tuple[st
 
 
 def test_a_device_that_is_the_host() -> None:
-    """22 GiB hold everything for a picture of 256²; within 15 GiB the text encoder passes through."""
+    """22 GiB hold everything for a picture of 256²; within 15 GiB the text encoder passes through, then blocks do."""
     work = Work(height=256, width=256, tokens=128)
     plan = make_plan(RELEASED, work, Budget(device=22 * GIB, host=None))
     assert plan.placement.text_encoder == "resident"
@@ -106,11 +119,16 @@ def test_a_device_that_is_the_host() -> None:
     assert plan.placement.text_encoder == "streamed"
     assert plan.placement.text_source == "files"
     assert plan.device_peak < 13 * GIB
-    with pytest.raises(NotEnoughMemory, match="even with text encoder streamed, transformer resident"):
-        make_plan(RELEASED, work, Budget(device=12 * GIB, host=None), weights="full")
     plan = make_plan(RELEASED, work, Budget(device=12 * GIB, host=None))
-    assert str(plan.placement) == "text encoder resident, transformer resident, decode whole, weights in int8"
-    assert [one.placement.weights for one in plan.rejected] == [None] * len(plan.rejected)
+    assert str(plan.placement) == "text encoder streamed, 30 of 32 blocks resident, decode whole"
+    assert plan.placement.block_source == "files"
+    assert make_plan(RELEASED, work, Budget(device=2 * GIB, host=None)).placement.resident_blocks == 0
+    least = Budget(device=int(1.7 * GIB), host=None)
+    with pytest.raises(NotEnoughMemory, match="even with text encoder streamed, 0 of 32 blocks resident"):
+        make_plan(RELEASED, work, least, weights="full")
+    plan = make_plan(RELEASED, work, least)
+    assert plan.placement.weights == "int8"
+    assert {one.placement.weights for one in plan.rejected} == {None, "int8"}
 
 
 @pytest.mark.parametrize(("weights", "block"), [("full", 2.0), ("int8", 1.0), ("float8", 1.0), ("nf4", 0.5625)])
@@ -136,7 +154,9 @@ def test_int8_only_where_nothing_else_fits() -> None:
     work = Work(tokens=128)
     assert make_plan(RELEASED, work, card(4)).placement.weights is None
     assert make_plan(RELEASED, work, card(2.7)).placement.weights == "int8"
-    with pytest.raises(RequestError, match="weight_dtype must be full, int8, float8, nf4, or left out; got 'int4'"):
+    with pytest.raises(
+        RequestError, match="weight_dtype must be full, bfloat16, int8, float8, nf4, or left out; got 'int4'"
+    ):
         make_plan(RELEASED, work, card(80), weights="int4")
 
 
@@ -322,7 +342,10 @@ def test_rungs_of_parts_that_were_handed_in() -> None:
     assert {rung.placement.text_source for rung in rungs(plan, "denoising", has_files=False)} == {"memory"}
     plan = make_plan(RELEASED, Work(tokens=128), Budget(device=30 * GIB, host=None))
     assert len(rungs(plan, "denoising", has_files=False)) == 1
-    assert [rung.placement.text_encoder for rung in rungs(plan, "denoising")] == ["resident", "streamed"]
+    first, second, *others = rungs(plan, "denoising")
+    assert [first.placement.text_encoder, second.placement.text_encoder] == ["resident", "streamed"]
+    assert all(rung.placement.block_source == "files" for rung in others)
+    assert others[-1].placement.resident_blocks == 0
 
 
 def test_a_text_encoder_on_the_cpu_stays_there() -> None:

@@ -88,8 +88,13 @@ def test_a_budget_chooses_the_placement(folder: Path, resident: ZImagePipeline, 
     assert tight.plan is not None
     assert (tight.plan.placement.text_encoder, tight.plan.placement.text_source) == ("streamed", "files")
     assert "text encoder resident" in str(tight.plan.rejected[0].placement)
+    least = load(small_folder, int(0.6 * need / 0.9), dtype="float32")
+    assert least.plan is not None
+    assert (least.plan.placement.block_source, least.weights) == ("files", None)
+    assert least.plan.placement.streamed_blocks > 0
+    assert pixels(least, **PICTURE) == pixels(pipe, **PICTURE)
     with pytest.raises(NotEnoughMemory, match="does not fit"):
-        load(small_folder, "200MB", dtype="float32")
+        load(small_folder, "30MB", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 
 def test_the_released_sizes_are_those_of_the_real_checkpoint(blanks: Blanks) -> None:
-    assert sizes_of_blanks(blanks("real")) == RELEASED
+    assert replace(sizes_of_blanks(blanks("real")), in_bfloat16=True) == RELEASED
     assert RELEASED.transformer == pytest.approx(6.155e9, rel=1e-3)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zimage import NotEnoughMemory, RequestError, ZImagePipeline, ZImageWarning
+from zimage.memory.planner import predict
 from zimage.memory.ring import STAYS
 from zimage.models.quantized import NF4_LEVELS, SKIPPED, QuantizedLinear, quantize, quantize_rows
 from zimage.testing import build_checkpoint
@@ -164,8 +165,7 @@ def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None
         assert torch.equal(layer.scale, stored[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("source", ["memory", "files"])
+@pytest.mark.parametrize(("kind", "source"), [("int8", "memory"), ("float8", "files"), ("nf4", "files")])
 def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str, source: str) -> None:
     pipe = load(folder, weight_dtype=kind)
     made = latents(pipe)
@@ -182,11 +182,48 @@ def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str
     assert torch.equal(latents(pipe), made)
 
 
+def test_bfloat16_files_stay_so_where_float32_does_not_fit(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Without a word, since it is the same picture; streamed too."""
+    folder = build_checkpoint(tmp_path / "model", size="small", dtype="bfloat16")
+    full = load(folder)
+    made = latents(full)
+    assert full.plan is not None
+    assert (full.weights, full.plan.sizes.in_bfloat16) == (None, True)
+    matrices = sum((*full.plan.sizes.blocks, *full.plan.sizes.text_layers))
+    tight = int((max(stage.device for stage in full.plan.stages) - matrices) / 0.9)
+    pipe = load(folder, memory=tight)
+    assert pipe.weights == "bfloat16"
+    assert pipe.transformer.layers[0].attention.to_q.weight.dtype == torch.bfloat16
+    assert torch.equal(latents(pipe), made)
+    assert not [one for one in recwarn if one.category is ZImageWarning]
+    pipe.enable_sequential_cpu_offload()
+    pipe.text_encoder.forget()
+    assert torch.equal(latents(pipe), made)
+    assert load(folder, memory=tight, weight_dtype="full").weights is None
+    assert load(folder, "bfloat16", memory=tight).weights is None
+
+
+def test_float32_files_are_not_rounded_to_bfloat16_unasked(folder: Path, expected: Tensor) -> None:
+    full = load(folder)
+    assert full.plan is not None
+    assert not full.plan.sizes.in_bfloat16
+    tight = int((max(stage.device for stage in full.plan.stages) - sum(full.plan.sizes.text_layers)) / 0.9)
+    pipe = load(folder, memory=tight)
+    assert pipe.weights is None
+    assert torch.equal(latents(pipe), expected)
+    asked = load(folder, weight_dtype="bfloat16")
+    assert asked.weights == "bfloat16"
+    assert 1e-4 < (latents(asked) - expected).norm() / expected.norm() < 0.02
+
+
 def test_the_plan_takes_int8_where_it_must_and_says_so(folder: Path) -> None:
     full = load(folder, "bfloat16").plan
     assert full is not None
-    layers = 2 * sum((*full.sizes.blocks, *full.sizes.context_blocks))
-    tight = int((full.stages[0].device - layers // 3) / 0.9)
+    frugal = replace(
+        full.placement, text_encoder="streamed", resident_blocks=0, context_resident=False, slots=2, strip_levels=2
+    )
+    work = replace(full.work, height=full.sizes.native_side // 4, width=full.sizes.native_side // 4)
+    tight = int((max(one.device for one in predict(full.sizes, work, full.budget, frugal)) - 2**16) / 0.9)
     with pytest.warns(ZImageWarning, match=r"do not fit in \d+ in bfloat16, so they are stored in int8, which changes"):
         pipe = load(folder, "bfloat16", memory=tight)
     assert pipe.weights == "int8"
@@ -201,7 +238,9 @@ def test_what_cannot_be_done_with_them_is_said(folder: Path, tmp_path: Path) -> 
         with pytest.raises(RequestError, match=r"stored in int8, so it cannot be .*weight_dtype='full'"):
             refused()
     assert not (tmp_path / "new").exists()
-    with pytest.raises(RequestError, match="weight_dtype must be full, int8, float8, nf4, or left out; got 'int4'"):
+    with pytest.raises(
+        RequestError, match="weight_dtype must be full, bfloat16, int8, float8, nf4, or left out; got 'int4'"
+    ):
         load(folder, weight_dtype="int4")
     with pytest.raises(RequestError, match="memory is a plan, which says what weights are stored as"):
         load(folder, memory=pipe.plan, weight_dtype="int8")

@@ -25,7 +25,7 @@ from ..models.quantized import quantize
 from ..models.transformer import BLOCKS, ZImageTransformer
 from .configs import PARTS
 from .reading import reason
-from .sizes import sizes_of_blanks
+from .sizes import sizes_of
 from .streaming import layer_file, moves, streamed_layer
 from .survey import Survey, survey
 from .tensors import LayerFile, fill
@@ -82,7 +82,7 @@ def load_components(
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason(error)}") from error
     found.require()
-    return _load(found, dtype, target, None if planner is None else planner(sizes_of_blanks(found.blanks)))
+    return _load(found, dtype, target, None if planner is None else planner(sizes_of(found)))
 
 
 @torch.inference_mode(False)

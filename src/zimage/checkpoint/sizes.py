@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..memory.ring import STAYS
-from ..memory.sizes import ModelSizes
+from ..memory.sizes import GGML_BLOCKS, ModelSizes
 from ..models.quantized import PackedLinear
 from ..rules import native_side
 from .configs import PARTS
 from .locate import locate
 from .modules import Blank
-from .survey import survey
+from .survey import Survey, survey
 
 
 def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLike[str] | None = None) -> ModelSizes:
@@ -24,7 +25,19 @@ def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLi
     place = locate(model, transformer=transformer, local_files_only=True)
     found = survey(place.folder, place.transformer)
     found.require()
-    return sizes_of_blanks(found.blanks)
+    return sizes_of(found)
+
+
+def sizes_of(found: Survey) -> ModelSizes:
+    """The sizes of a checkpoint without errors, and whether its matrices are in bfloat16."""
+    matrices = (
+        entry.dtype
+        for component in ("text_encoder", "transformer")
+        for entry in found.weights[component].entries.values()
+        if len(entry.shape) == 2
+    )
+    in_bfloat16 = all(dtype == "BF16" or dtype in GGML_BLOCKS for dtype in matrices)
+    return replace(sizes_of_blanks(found.blanks), in_bfloat16=in_bfloat16)
 
 
 def sizes_of_blanks(blanks: Mapping[str, Blank]) -> ModelSizes:

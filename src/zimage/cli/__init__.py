@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from .replay import replay
 
 CANCELLED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+_PARAMETERS = re.compile(r"\b(any_size|variant|dtype|weight_dtype)=(?:True|'(\w+)')")
 
 app = typer.Typer(name="zimage", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(generate)
@@ -85,9 +87,16 @@ def _message(error: Exception, state: State) -> str:
     if hasattr(error, "format_message"):  # a usage error; its class moved between versions of Typer
         return f"{error.format_message()} (see zimage --help)"
     if isinstance(error, ZImageError | OSError):
-        return str(error)
+        return _as_options(str(error))
     where = "" if state.debug else " (zimage --debug ... shows where)"
     return f"{type(error).__name__}: {error}{where}"
+
+
+def _as_options(text: str) -> str:
+    """The text with parameters that Python takes, `any_size=True`, as the options that this command takes for them."""
+    return _PARAMETERS.sub(
+        lambda found: "--" + found[1].replace("_", "-") + ("" if found[2] is None else f" {found[2]}"), text
+    )
 
 
 def _exit_code(error: Exception) -> int:
@@ -109,7 +118,7 @@ def _show_own_warnings_plainly() -> None:
 
     def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         if issubclass(category, ZImageWarning):
-            print(f"zimage: warning: {_one_line(str(message))}", file=sys.stderr)
+            print(f"zimage: warning: {_one_line(_as_options(str(message)))}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)  # type: ignore[arg-type]
 

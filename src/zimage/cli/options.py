@@ -34,7 +34,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, floa
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu; the best if not given.")]
 Memory = Annotated[str | None, typer.Option("--memory", help="Of the device, at most: 16GB, 12GiB; or auto.")]
 WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", help="What weights are stored as: full, int8, float8 or nf4.")
+    str | None, typer.Option("--weight-dtype", help="What weights are stored as: full, bfloat16, int8, float8 or nf4.")
 ]
 Transformer = Annotated[
     str | None,

@@ -64,8 +64,8 @@ class Placement:
         strip_levels: how many of the decoder's resolutions are computed in strips, 0 to 2.
         text_source, block_source: where what is streamed comes from: "memory" or, where the host has not enough of it,
             "files".
-        weights: what the layers of text encoder and transformer are stored as, "int8", "float8" or "nf4"; None is the
-            precision that they compute in. Modulations, embedders and the final layer always have that.
+        weights: what the layers of text encoder and transformer are stored as, "bfloat16", "int8", "float8" or "nf4";
+            None is the precision that they compute in. Modulations, embedders and the final layer always have that.
     """
 
     text_encoder: str

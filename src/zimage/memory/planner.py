@@ -29,8 +29,9 @@ STRIP_LEVELS = (1, 2)
 """How many of the decoder's resolutions may be computed in strips: each halves what a decode needs, or better."""
 STAGING = 32 << 20
 """Bytes of host memory that weights pass through on their way from a file."""
-FULL, FALLBACK = "full", "int8"
-"""How weights are asked for in the compute type, and what they are stored as where nothing fits in that."""
+FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
+"""How weights are asked for in the compute type; what they are stored as for float32 where the files are so and it does
+not fit, which changes nothing; and where nothing fits at all."""
 STEP_DOWN = 0.95
 """Of what a stage was predicted to need and did not get, what the next rung may use."""
 
@@ -40,9 +41,9 @@ def make_plan(
 ) -> Plan:
     """The first placement that fits `budget`; `text_encoder` fixes where that is (see `Placement`).
 
-    `weights` fixes what layers are stored as: "int8", "float8", "nf4", or "full" for the compute type; without it they
-    are in full and, where nothing fits so, in int8. Raises `NotEnoughMemory` naming what would fit, `RequestError` for
-    wrong options.
+    `weights` fixes what layers are stored as: "bfloat16", "int8", "float8", "nf4", or "full" for the compute type;
+    without it they are in full, or as `_choices` has it. Raises `NotEnoughMemory` naming what would fit, `RequestError`
+    for wrong options.
     """
     check_weights(weights)
     if text_encoder not in (None, "resident", "streamed", "cpu"):
@@ -241,9 +242,20 @@ def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
 def _choices(
     sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None, weights: str | None
 ) -> Iterator[Placement]:
-    """What may be chosen: weights as they are asked for, or in full and then in int8, which changes pictures."""
-    for stored in (None, FALLBACK) if weights is None else (None if weights == FULL else weights,):
-        yield from _placements(sizes, work, budget, text_encoder, stored)
+    """What may be chosen: weights as they are asked for, or in full and then in int8, which changes pictures.
+
+    To float32 layers of bfloat16 files may be widened as they are used: the same numbers in half the memory, so nothing
+    is streamed in full before that.
+    """
+    if weights is not None:
+        yield from _placements(sizes, work, budget, text_encoder, None if weights == FULL else weights)
+        return
+    if work.dtype == "float32" and sizes.in_bfloat16:
+        yield from () if text_encoder not in (None, "resident") else (_everything(sizes),)
+        yield from _placements(sizes, work, budget, text_encoder, EXACT)
+    else:
+        yield from _placements(sizes, work, budget, text_encoder, None)
+    yield from _placements(sizes, work, budget, text_encoder, FALLBACK)
 
 
 def _placements(
@@ -261,7 +273,7 @@ def _placements(
             )
             if whole != everything:
                 yield whole
-            if place == places[-1] and budget.host is not None:
+            if place == places[-1]:
                 yield _most_resident(sizes, work, budget, replace(whole, slots=SLOTS, context_resident=False))
 
 

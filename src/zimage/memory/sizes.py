@@ -14,8 +14,9 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 NF4_BLOCK = 64
 """Weights of NF4 that share a scale."""
-STORED_BYTES = {"int8": 1.0, "float8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}
-"""Bytes of a weight that is stored in fewer than 16 bits, scales included; those of whole rows are a thousandth."""
+STORED_BYTES = {"bfloat16": 2.0, "int8": 1.0, "float8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}
+"""Bytes of a weight that is stored otherwise than it is computed with, scales included; those of whole rows are a
+thousandth."""
 
 GGML_BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
@@ -64,6 +65,8 @@ class ModelSizes:
     """Pixels per side of the pictures that it was trained on."""
     packed_blocks: tuple[int, ...] = ()
     packed_context: tuple[int, ...] = ()
+    in_bfloat16: bool = False
+    """Whether the files have all matrices of the layers in bfloat16 or fewer bits, so that nothing is lost by it."""
 
     @property
     def packed(self) -> int:
@@ -91,6 +94,7 @@ RELEASED = ModelSizes(
     dim=3840,
     vae_channels=(128, 256, 512, 512),
     vae_residuals=3,
+    in_bfloat16=True,
 )
 """Both released models: the text encoder without its last layer, which nobody reads."""
 

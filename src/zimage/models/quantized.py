@@ -1,5 +1,5 @@
-"""Linear layers whose weights take 2 to 8 bits: rounded row by row while they are loaded, or packed in a file already,
-and widened when they are used.
+"""Linear layers whose weights take 2 to 16 bits: rounded row by row while they are loaded, or so in a file already, and
+widened when they are used.
 
 What comes in and goes out has the compute type, so a layer stands where the plain one stood. Meant are those of the
 blocks, without modulations, embedders and the final layer, which are few and which images depend on most. Knows no
@@ -74,6 +74,19 @@ class PackedLinear(StoredLinear):
         return ggml.widen(self.weight, self.kind, dtype)
 
 
+class NarrowLinear(StoredLinear):
+    """Weights in bfloat16, `weight` (out, in): for float32, of a bfloat16 file the same numbers in half the bytes."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        """In the place of `linear`, without values, on the meta device."""
+        super().__init__(linear, kind)
+        self.weight = _empty((self.out_features, self.in_features), torch.bfloat16)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) in `dtype`."""
+        return self.weight.to(dtype)
+
+
 class QuantizedLinear(StoredLinear):
     """A linear layer of `kind` "int8", "float8" or "nf4".
 
@@ -101,9 +114,10 @@ class QuantizedLinear(StoredLinear):
 
 def quantize(module: nn.Module, kind: str, *blocks: str) -> None:
     """Replace the linear layers in the lists of blocks named `blocks` of a module that has no values yet."""
+    stored = NarrowLinear if kind == "bfloat16" else QuantizedLinear
     for path, layer in _plain_layers(module, blocks):
         if fits(layer, kind):
-            _replace(module, path, QuantizedLinear(layer, kind))
+            _replace(module, path, stored(layer, kind))
 
 
 def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
