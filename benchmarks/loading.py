@@ -3,8 +3,8 @@
 The promise is a peak of at most the weights in the target type and 1 GiB, over what the imports take. `--size real` is
 the released models' size: 33 GB on disk and 19.1 GiB in memory; with --picture a 256² picture is made as well.
 
-    python benchmarks/loading.py [--size small|wide|real] [--folder EXISTING] [--memory 15GiB] [--picture]
-        [--output FOLDER]
+    python benchmarks/loading.py [--size small|wide|real] [--folder EXISTING] [--memory 15GiB] [--dtype float32]
+        [--weight-dtype bfloat16] [--files bfloat16] [--picture] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from pathlib import Path
 from zimage import ZImagePipeline
 def peak():  # GiB; not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-folder, dtype, picture, memory = sys.argv[1:]
+folder, dtype, picture, memory, weight_dtype = sys.argv[1:]
 imports, start = peak(), time.perf_counter()
-pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, device="cpu", memory=memory)
+pipe = ZImagePipeline.from_pretrained(
+    folder, dtype=dtype, device="cpu", memory=memory, weight_dtype=weight_dtype or None
+)
 seconds, loaded = time.perf_counter() - start, peak()
 modules = (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
 weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.is_meta) / 2**30
@@ -39,7 +41,9 @@ if picture == "True":
     start = time.perf_counter()
     pipe("a red fox in snow", height=256, width=256, seed=7, progress=False)
     report.update(picture_s=time.perf_counter() - start, picture_peak_gib=peak())
-print(json.dumps({name: round(value, 3) for name, value in report.items()}))
+report = {name: round(value, 3) for name, value in report.items()}
+report.update(plan=str(pipe.plan.placement), planned_gib=round(pipe.plan.device_peak / 2**30, 3))
+print(json.dumps(report))
 """
 
 
@@ -50,14 +54,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--memory", default="auto", help="what a plan may use, as for from_pretrained")
+    parser.add_argument("--weight-dtype", default="", help="what layers are stored as, as for from_pretrained")
+    parser.add_argument("--files", default="float32", help="type of the transformer's files that are built")
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch) / "model"
         if not folder.exists():
-            build_checkpoint(folder, size=arguments.size, variant="turbo", transformer_dtype="float32")
-        command = [sys.executable, "-c", CHILD, str(folder), arguments.dtype, str(arguments.picture), arguments.memory]
+            build_checkpoint(folder, size=arguments.size, variant="turbo", transformer_dtype=arguments.files)
+        asked = (arguments.dtype, str(arguments.picture), arguments.memory, arguments.weight_dtype)
+        command = [sys.executable, "-c", CHILD, str(folder), *asked]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures = json.loads(done.stdout)
     print(json.dumps(figures, indent=2))
@@ -69,6 +76,7 @@ def main() -> None:
             "machine": machine,
             "size": arguments.size,
             "dtype": arguments.dtype,
+            "files": "given" if arguments.folder else arguments.files,
             "memory": arguments.memory,
             **figures,
         }

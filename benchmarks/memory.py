@@ -3,8 +3,8 @@
 On a CUDA device: random weights in the released models' sizes (`--size real`, 20 GB on disk unless --folder is given),
 the Turbo recipe at 1024², each budget in a process of its own whose allocator is capped to it; the peak is what the
 allocator reserved. Times are those of the denoising steps after a first picture, beside everything resident and beside
-the time that computing and copying take alone. Elsewhere a simulated device that counts every tensor and enforces the
-budget, with `small` at 512², and no times.
+the time that computing and copying take alone. Then diffusers' own ways to need less memory, without a cap. Elsewhere a
+simulated device that counts every tensor and enforces the budget, with `small` at 512², and no times.
 
     python benchmarks/memory.py [--size real] [--folder EXISTING] [--budgets 80GB,16GB,12GB,8GB,4GB] [--output FOLDER]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from zimage import GenerationRequest, ZImagePipeline
@@ -36,6 +39,15 @@ from zimage.testing import build_checkpoint
 PROMPT = "a red fox in the snow next to an old wooden house under a blue sky"
 GOALS = {"16GB": 13.5, "12GB": 10.5, "8GB": 6.5, "4GB": 3.4}
 """GiB that the peak at 1024² should stay within."""
+PEERS: dict[str, Callable[[Any], Any]] = {
+    "diffusers, on the card": lambda pipe: pipe.to("cuda"),
+    "diffusers, enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(),
+    "diffusers, enable_sequential_cpu_offload": lambda pipe: pipe.enable_sequential_cpu_offload(),
+    "diffusers, enable_group_offload": lambda pipe: pipe.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1, use_stream=True
+    ),
+}
+"""What diffusers offers, through its own hooks and those of accelerate."""
 
 
 def main() -> None:
@@ -49,7 +61,9 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     if arguments.child:
-        print(json.dumps((on_cuda if cuda else simulated)(*arguments.child)))
+        folder, budget = arguments.child
+        measure = peer if budget in PEERS else on_cuda if cuda else simulated
+        print(json.dumps(measure(folder, budget)))
         return
     size = arguments.size or ("real" if cuda else "small")
     budgets = (arguments.budgets or ("80GB,16GB,12GB,8GB,4GB" if cuda else "1GB,380MB,360MB,330MB")).split(",")
@@ -57,11 +71,12 @@ def main() -> None:
         folder = arguments.folder or Path(scratch) / "model"
         if not folder.exists():
             build_checkpoint(folder, size=size, variant="turbo", dtype="bfloat16")
-        rows = [run(folder, budget) for budget in budgets]
+        rows = [run(folder, budget) for budget in (*budgets, *(PEERS if cuda else ()))]
     resident = rows[0].get("denoising_s")
     for row in rows:
-        if resident:
+        if resident and "denoising_s" in row:
             row["times_resident"] = row["denoising_s"] / resident
+        if resident and "copying_s" in row:
             row["times_bound"] = row["denoising_s"] / max(resident, row["copying_s"])
         print(line(row), flush=True)
     if arguments.output:
@@ -115,6 +130,34 @@ def denoise(pipe: ZImagePipeline, request: Any) -> float:
     return statistics.median(steps) * request.num_inference_steps
 
 
+def peer(folder: str, name: str) -> dict[str, Any]:
+    """Peak and time of diffusers' pipeline, for the same picture."""
+    pipe = diffusers.ZImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    PEERS[name](pipe)
+    pipe.set_progress_bar_config(disable=True)
+    ends: list[float] = []
+
+    def note(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return values
+
+    times = []
+    for seed in range(4):
+        ends.clear()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        pipe(
+            PROMPT, height=1024, width=1024, num_inference_steps=9, guidance_scale=0.0, generator=generator,
+            callback_on_step_end=note,
+        )  # fmt: skip
+        times.append(8 * statistics.median(after - before for before, after in pairwise(ends[:8])))
+    return {
+        "measured": torch.cuda.max_memory_reserved(),
+        "allocated": torch.cuda.max_memory_allocated(),
+        "denoising_s": statistics.median(times[1:]),
+    }
+
+
 def copy_time(size: int, device: torch.device) -> float:
     """Seconds that a layer of `size` bytes takes from page-locked memory to the device, alone."""
     if not size:
@@ -159,6 +202,9 @@ def line(row: dict[str, Any]) -> str:
     """A line of the table."""
     if "failed" in row:
         return f"{row['budget']:>7}  failed: exit code {row['failed']}"
+    if row["budget"] in PEERS:
+        speed = f"denoising {row['denoising_s']:.2f} s, {row.get('times_resident', math.nan):.2f} x resident"
+        return f"{row['budget']}  measured {gib(row['measured'])}  {speed}"
     ratio = row["measured"] / row["predicted"]
     said = f"{row['budget']:>7}  predicted {gib(row['predicted'])}  measured {gib(row['measured'])}  ratio {ratio:.3f}"
     if "denoising_s" in row:

@@ -16,7 +16,17 @@ import zimage
 
 SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("errors", "variants", "rules", "request", "_version", "memory.plan", "memory.planner", "memory.sizes"),
+    (
+        "errors",
+        "variants",
+        "rules",
+        "request",
+        "_version",
+        "memory.peaks",
+        "memory.plan",
+        "memory.planner",
+        "memory.sizes",
+    ),
     ("sampling", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
     ("runtime", "components", "denoiser", "callbacks", "calls", "output", "parts", "pipeline", "placed"),

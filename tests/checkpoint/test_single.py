@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
 from zimage.cli import main
-from zimage.memory.planner import predict
+from zimage.memory.peaks import predict
 from zimage.memory.sizes import GGML_BLOCKS
 from zimage.models import ggml
 from zimage.models.quantized import PackedLinear

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage import NotEnoughMemory, RequestError
+from zimage.memory.peaks import predict
 from zimage.memory.plan import (
     LEAST_MARGIN,
     Budget,
@@ -21,7 +22,7 @@ from zimage.memory.plan import (
     Plan,
     parse_memory,
 )
-from zimage.memory.planner import fit_picture, lower, make_plan, plan_model, predict, require_fit
+from zimage.memory.planner import fit_picture, lower, make_plan, plan_model, require_fit
 from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
 
 GIB = 2**30

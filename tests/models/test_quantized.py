@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zimage import NotEnoughMemory, RequestError, ZImagePipeline, ZImageWarning
-from zimage.memory.planner import predict
+from zimage.memory.peaks import predict
 from zimage.memory.ring import STAYS
 from zimage.models.quantized import NF4_LEVELS, SKIPPED, QuantizedLinear, quantize, quantize_rows
 from zimage.testing import build_checkpoint

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import zip_longest
-from typing import NamedTuple
 
 from ..errors import NotEnoughMemory, RequestError
+from .peaks import layers_of, predict
 from .plan import Budget, Placement, Plan, Rejected, Stage, gib
-from .sizes import (
-    STORED_BYTES,
-    ModelSizes,
-    Work,
-    decode_activations,
-    denoise_activations,
-    text_activations,
-    widened_weight,
-)
+from .sizes import STORED_BYTES, ModelSizes, Work
 
 SLOTS = 2
 """Places on the device that streamed layers pass through: one computes while the other is filled."""
 STRIP_LEVELS = (1, 2)
 """How many of the decoder's resolutions may be computed in strips: each halves what a decode needs, or better."""
-STAGING = 32 << 20
-"""Bytes of host memory that weights pass through on their way from a file."""
 FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 """How weights are asked for in the compute type; what they are stored as for float32 where the files are so and it does
 not fit, which changes nothing; and where nothing fits at all."""
@@ -176,69 +165,6 @@ class Planning:
         self._plan = replace(lowered, stepped_down=(*self._plan.stepped_down, said))
 
 
-def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Stage, ...]:
-    """Peaks while the prompt is encoded, in the denoising steps, and while the picture is decoded."""
-    item, layer = work.itemsize, _layers(sizes, work, placement)
-    streams_text = placement.text_encoder == "streamed"
-    slot = max(
-        max(layer.text) if streams_text else 0,
-        max(layer.blocks) if placement.streamed_blocks else 0,
-        0 if placement.context_resident else max(layer.context, default=0),
-    )
-    layers = placement.slots * slot
-    layers += sum(layer.blocks) - sum(layer.blocks[number] for number in placement.streamed)
-    layers += sum(layer.context) if placement.context_resident else 0
-    layers += sum(layer.text) if placement.text_encoder == "resident" else 0
-    rest = sizes.transformer_rest + sizes.vae
-    # Where the device is the host it looks tokens up itself.
-    rest += sizes.text_rest if not placement.text_waits or (budget.host is None and streams_text) else 0
-    resident = int(layers) + rest * item
-    kept = 0 if budget.host is None else _kept_on_host(sizes, work, placement)
-    text_weight, block_weight = widened_weight(sizes, work)
-    text = text_activations(sizes, work) + (text_weight if placement.weights else 0)
-    needs = {
-        "prompt": 0 if placement.text_encoder == "cpu" else text,
-        "denoising": denoise_activations(sizes, work) + (block_weight if placement.weights or sizes.packed else 0),
-        "decoding": decode_activations(sizes, work, placement.strip_levels),
-    }
-    return tuple(Stage(name=name, device=resident + need, host=kept) for name, need in needs.items())
-
-
-class _Layers(NamedTuple):
-    """Bytes of each layer that can move."""
-
-    text: list[float]
-    blocks: list[float]
-    context: list[float]
-
-
-def _layers(sizes: ModelSizes, work: Work, placement: Placement) -> _Layers:
-    """As they are stored: what a file has in fewer bits stays so, the rest is as the placement has it."""
-    stored = STORED_BYTES[placement.weights] if placement.weights else work.itemsize
-
-    def of(counts: tuple[int, ...], packed: tuple[int, ...]) -> list[float]:
-        return [count * stored + more for count, more in zip_longest(counts, packed, fillvalue=0)]
-
-    return _Layers(
-        of(sizes.text_layers, ()),
-        of(sizes.blocks, sizes.packed_blocks),
-        of(sizes.context_blocks, sizes.packed_context),
-    )
-
-
-def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
-    """Bytes of weights that stay in the host's memory. It looks tokens up, so their embedding always does."""
-    layers, layer = 0.0, _layers(sizes, work, placement)
-    if placement.text_waits and placement.text_source == "memory":
-        layers += sum(layer.text)
-    if placement.block_source == "memory":
-        layers += sum(layer.blocks[number] for number in placement.streamed)
-        layers += 0 if placement.context_resident else sum(layer.context)
-    rest = sizes.text_rest if placement.text_waits else 0
-    is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
-    return int(layers) + rest * work.itemsize + (STAGING if is_staged else 0)
-
-
 def _choices(
     sizes: ModelSizes, work: Work, budget: Budget, text_encoder: str | None, weights: str | None
 ) -> Iterator[Placement]:
@@ -286,7 +212,7 @@ def _most_resident(sizes: ModelSizes, work: Work, budget: Budget, placement: Pla
     """With as many blocks on the device as fit there, at least none and not all."""
     none = replace(placement, resident_blocks=0)
     room = budget.device - max(stage.device for stage in predict(sizes, work, budget, none))
-    fit = min(max(0, int(room // max(_layers(sizes, work, placement).blocks))), placement.blocks - 1)
+    fit = min(max(0, int(room // max(layers_of(sizes, work, placement).blocks))), placement.blocks - 1)
     return replace(none, resident_blocks=fit)
 
 
