@@ -248,6 +248,20 @@ def test_the_plan_counts_the_bytes_of_the_file(folder: Path, mixed: Path) -> Non
     assert "in fewer bits" not in str(full.plan)
 
 
+def test_whether_layers_are_in_bfloat16_is_that_of_their_matrices_alone(tmp_path: Path) -> None:
+    """Not of embedders, norms and padding, which files often have in float32."""
+    folder = build_checkpoint(tmp_path / "model", dtype="bfloat16")
+    narrow = "layers.0.attention.to_q.weight"
+    for wide, expected in (("x_pad_token", True), ("layers.0.adaLN_modulation.0.weight", True), (narrow, False)):
+        tensors = weights_of(folder)
+        save_file(
+            {name: one.float() if name == wide else one for name, one in tensors.items()}, tmp_path / "one.safetensors"
+        )
+        plan = load(folder, tmp_path / "one.safetensors").plan
+        assert plan is not None
+        assert plan.sizes.in_bfloat16 is expected, wide
+
+
 def test_a_file_fits_where_the_folder_does_not(folder: Path, mixed: Path) -> None:
     full = load(folder, None, "bfloat16").plan
     assert full is not None

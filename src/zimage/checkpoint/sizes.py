@@ -10,6 +10,7 @@ from typing import Any
 from ..memory.ring import STAYS
 from ..memory.sizes import GGML_BLOCKS, ModelSizes
 from ..models.quantized import PackedLinear
+from ..models.transformer import BLOCKS
 from ..rules import native_side
 from .configs import PARTS
 from .locate import locate
@@ -29,12 +30,12 @@ def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLi
 
 
 def sizes_of(found: Survey) -> ModelSizes:
-    """The sizes of a checkpoint without errors, and whether its matrices are in bfloat16."""
+    """The sizes of a checkpoint without errors, and whether the matrices of its layers are in bfloat16."""
     matrices = (
         entry.dtype
-        for component in ("text_encoder", "transformer")
-        for entry in found.weights[component].entries.values()
-        if len(entry.shape) == 2
+        for component, layers in (("text_encoder", ("layers",)), ("transformer", BLOCKS))
+        for name, entry in found.weights[component].entries.items()
+        if len(entry.shape) == 2 and STAYS not in name and set(name.split(".")).intersection(layers)
     )
     in_bfloat16 = all(dtype == "BF16" or dtype in GGML_BLOCKS for dtype in matrices)
     return replace(sizes_of_blanks(found.blanks), in_bfloat16=in_bfloat16)
