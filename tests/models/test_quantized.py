@@ -20,6 +20,8 @@ from zimage.testing import build_checkpoint
 
 KINDS = ("int8", "float8", "nf4")
 PICTURE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 3, "seed": 4, "progress": False}
+SMALL: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 2, "any_size": True}
+"""Of pictures of which the bits are compared."""
 
 
 def layer_of(weight: Tensor, kind: str, bias: Tensor | None = None) -> QuantizedLinear:
@@ -94,6 +96,19 @@ def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution() -> None:
     torch.testing.assert_close(torch.tensor(NF4_LEVELS, dtype=torch.float64), expected, rtol=0, atol=2e-4)
 
 
+def test_nf4_rounds_to_the_nearest_level_also_beside_the_boundaries() -> None:
+    levels = torch.tensor(NF4_LEVELS)
+    between = (levels[1:] + levels[:-1]) / 2
+    above, below = (torch.nextafter(between, torch.full_like(between, side)) for side in (2.0, -2.0))
+    row = torch.cat([levels, between, above, below, torch.linspace(-1, 1, 451)])
+    row = torch.cat([row, torch.ones(-len(row) % 64)]).unflatten(0, (-1, 64))
+    row[:, 0] = 1.0  # so that every block of 64 has the scale 1
+    stored, scale = quantize_rows(row.flatten()[None], "nf4")
+    assert (scale == 1.0).all()
+    numbers = torch.stack([stored >> 4, stored & 15], dim=-1).flatten()
+    assert torch.equal(numbers, torch.bucketize(row.flatten(), between).byte())
+
+
 def test_nf4_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(random(50, 128), "nf4")
     whole = layer.widened(torch.float32)
@@ -131,8 +146,8 @@ def load(folder: Path, dtype: str = "float32", **options: Any) -> ZImagePipeline
     return ZImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype, **options)
 
 
-def latents(pipe: ZImagePipeline) -> Tensor:
-    return pipe("a fox", output_type="latent", **PICTURE).images  # type: ignore[union-attr]
+def latents(pipe: ZImagePipeline, **options: Any) -> Tensor:
+    return pipe("a fox", output_type="latent", **{**PICTURE, **options}).images  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +183,7 @@ def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None
 @pytest.mark.parametrize(("kind", "source"), [("int8", "memory"), ("float8", "files"), ("nf4", "files")])
 def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str, source: str) -> None:
     pipe = load(folder, weight_dtype=kind)
-    made = latents(pipe)
+    made = latents(pipe, **SMALL)
     assert pipe.plan is not None
     placement = replace(
         pipe.plan.placement, text_encoder="streamed", resident_blocks=4, context_resident=False, slots=2,
@@ -176,17 +191,17 @@ def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str
     )  # fmt: skip
     streamed = load(folder, memory=replace(pipe.plan, placement=placement))
     assert streamed.weights == kind
-    assert torch.equal(latents(streamed), made)
+    assert torch.equal(latents(streamed, **SMALL), made)
     pipe.enable_sequential_cpu_offload()
     pipe.text_encoder.forget()
-    assert torch.equal(latents(pipe), made)
+    assert torch.equal(latents(pipe, **SMALL), made)
 
 
 def test_bfloat16_files_stay_so_where_float32_does_not_fit(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Without a word, since it is the same picture; streamed too."""
     folder = build_checkpoint(tmp_path / "model", size="small", dtype="bfloat16")
     full = load(folder)
-    made = latents(full)
+    made = latents(full, **SMALL)
     assert full.plan is not None
     assert (full.weights, full.plan.sizes.in_bfloat16) == (None, True)
     matrices = sum((*full.plan.sizes.blocks, *full.plan.sizes.text_layers))
@@ -194,11 +209,11 @@ def test_bfloat16_files_stay_so_where_float32_does_not_fit(tmp_path: Path, recwa
     pipe = load(folder, memory=tight)
     assert pipe.weights == "bfloat16"
     assert pipe.transformer.layers[0].attention.to_q.weight.dtype == torch.bfloat16
-    assert torch.equal(latents(pipe), made)
+    assert torch.equal(latents(pipe, **SMALL), made)
     assert not [one for one in recwarn if one.category is ZImageWarning]
     pipe.enable_sequential_cpu_offload()
     pipe.text_encoder.forget()
-    assert torch.equal(latents(pipe), made)
+    assert torch.equal(latents(pipe, **SMALL), made)
     assert load(folder, memory=tight, weight_dtype="full").weights is None
     assert load(folder, "bfloat16", memory=tight).weights is None
 

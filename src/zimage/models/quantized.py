@@ -167,17 +167,39 @@ def _nf4(wide: Tensor) -> tuple[Tensor, Tensor]:
     blocks = wide.unflatten(1, (-1, NF4_BLOCK))  # (n, in / 64, 64)
     scale = blocks.abs().amax(dim=2)
     scaled = blocks / torch.where(scale > 0, scale, 1.0)[..., None]
-    levels = torch.tensor(NF4_LEVELS, device=wide.device)
-    between = (levels[1:] + levels[:-1]) / 2
-    nearest = torch.bucketize(scaled, between).to(torch.uint8).flatten(1)
+    nearest = _nearest(scaled.flatten(1))
     return (nearest[:, 0::2] << 4) | nearest[:, 1::2], scale
 
 
+def _nearest(scaled: Tensor) -> Tensor:
+    """The numbers in uint8 of the levels nearest to what is in `scaled`, [-1, 1], and of two as near the lower one's.
+
+    Each of 256 intervals has at most one of the boundaries between two levels: a look at a table and one comparison.
+    """
+    levels = torch.tensor(NF4_LEVELS, device=scaled.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    places = _interval(between)
+    lowest = torch.searchsorted(places, torch.arange(256, device=scaled.device, dtype=places.dtype)).to(torch.uint8)
+    bound = torch.full((256,), math.inf, device=scaled.device).index_copy(0, places.long(), between)
+    flat = scaled.flatten()
+    at = _interval(flat)
+    return lowest.index_select(0, at).add_(flat > bound.index_select(0, at)).view(scaled.shape)
+
+
+def _interval(scaled: Tensor) -> Tensor:
+    """Which of 256 a value in [-1, 1] is in; never falls as values grow, so comparing is exact within one."""
+    return ((scaled + 1.0) * 127.5).int().clamp_(0, 255)
+
+
 def _nf4_values(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """Rows (n, in) of what is stored in `weight` (n, in / 2), in the type of `levels`."""
-    pairs = torch.stack([weight >> 4, weight & 15], dim=-1)  # (n, in / 2, 2)
-    values = levels[pairs.flatten(1).int()].unflatten(1, (-1, NF4_BLOCK))  # (n, in / 64, 64)
-    return values.mul_(scale.to(levels.dtype)[..., None]).flatten(1)
+    """Rows (n, in) of what is stored in `weight` (n, in / 2), in the type of `levels`.
+
+    Looked up by the byte, so two numbers at a time, as a word that is as wide as both.
+    """
+    word = torch.int64 if levels.itemsize == 4 else torch.int32
+    words = torch.cartesian_prod(levels, levels).view(word).squeeze(1)  # (256,)
+    values = words.index_select(0, weight.flatten().int()).view(levels.dtype)
+    return values.view(*scale.shape, NF4_BLOCK).mul_(scale.to(levels.dtype)[..., None]).flatten(1)
 
 
 def _empty(shape: tuple[int, int], dtype: torch.dtype) -> nn.Parameter:
