@@ -7,13 +7,12 @@ nothing is computed. Knows no models.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class AllocationMeter(TorchDispatchMode):
@@ -46,11 +45,10 @@ class AllocationMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _is_dense(leaf)}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if _is_dense(leaf) and (storage := leaf.untyped_storage())._cdata not in given:
+        result = func(*args, **(kwargs or {}))
+        for made in _dense((result,)):
+            storage = made.untyped_storage()
+            if storage._cdata not in self._storages and not _is_of(storage, args, kwargs):
                 self._count(storage)
         return result
 
@@ -71,5 +69,16 @@ class AllocationMeter(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, dropped)
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+def _is_of(storage: torch.UntypedStorage, args: Any, kwargs: Any) -> bool:
+    given = (*args, *kwargs.values()) if kwargs else args
+    return any(one.untyped_storage()._cdata == storage._cdata for one in _dense(given))
+
+
+def _dense(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors of an operation's arguments or results, which are lists and tuples of them at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                yield value
+        elif isinstance(value, list | tuple):
+            yield from _dense(value)
