@@ -52,7 +52,7 @@ def environment(turbo_folder: Path, base_folder: Path, tmp_path: Path) -> dict[s
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SMALLER)
     (tmp_path / "here").mkdir()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ZIMAGE_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ZIMAGE_", "COV"))}
     return {
         **inherited,
         "HF_HUB_CACHE": str(tmp_path / "cache"),

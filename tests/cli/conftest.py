@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def process(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
         pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         environment = {key: value for key, value in os.environ.items() if key != "ZIMAGE_MODEL"}
         command = [sys.executable, "-m", "zimage", *map(str, arguments)]
-        return subprocess.Popen(command, **{"cwd": tmp_path, "env": environment, **pipes, **options})  # type: ignore[call-overload,no-any-return]
+        interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        return subprocess.Popen(command, **{"cwd": tmp_path, "env": environment, **pipes, **interruptible, **options})  # type: ignore[call-overload,no-any-return]
 
     return start
 

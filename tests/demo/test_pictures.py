@@ -6,6 +6,7 @@ Few captions and few steps, so with room below the figures of docs/demo.md, whic
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ def turbo() -> Any:
     return ZImagePipeline.from_pretrained("demo-turbo", dtype="float32", device="cpu")
 
 
+@cache
 def right(pipe: Any, kind: str, language: str, recipe: Recipe) -> float:
     return adherence(pipe, evaluation_captions(kind, COUNT, 0, language), 0, recipe)
 

@@ -107,6 +107,7 @@ class UntilLess(AllocationMeter):
             raise torch.OutOfMemoryError(f"at {self.allocations}")
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("_no_collection")
 def test_a_passing_failure_at_any_allocation_changes_nothing(least_folder: Path) -> None:
     """Every one of encoding, denoising with guidance and decoding: memory that came back is not done without."""
@@ -124,6 +125,7 @@ def test_a_passing_failure_at_any_allocation_changes_nothing(least_folder: Path)
         assert output.stepped_down == ()
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("_no_collection")
 def test_memory_that_is_gone_at_any_allocation_is_done_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(folder)

@@ -225,6 +225,7 @@ def test_closing_leaves_what_was_handed_in(folder: Path, expected: bytes) -> Non
     assert pixels(loaded) == expected
 
 
+@pytest.mark.no_cover
 def test_two_hundred_pictures_in_a_row(folder: Path) -> None:
     """Of many sizes and prompts, more than are cached; resident memory after the last as after the tenth."""
     pipe, process = load(folder), psutil.Process()

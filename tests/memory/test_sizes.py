@@ -25,6 +25,7 @@ from zimage.models.autoencoder import Autoencoder
 from zimage.models.precision import DTYPES, cast
 from zimage.models.transformer import Caption
 
+pytestmark = pytest.mark.no_cover  # the code of whole models, run at many sizes
 Blanks = Callable[[str], dict[str, Blank]]
 WORKS = [
     ("real", Work(height=1024, width=1024, tokens=96, dtype="bfloat16")),
