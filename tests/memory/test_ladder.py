@@ -306,6 +306,24 @@ def test_what_is_not_about_memory_passes() -> None:
     assert once(lambda: 3) == with_less(lambda: 3, pytest.fail) == 3
 
 
+def test_it_is_tried_once_more_as_it_was_and_then_with_less_each_time() -> None:
+    done: list[str] = []
+
+    def compute() -> str:
+        done.append("try")
+        if done.count("less") < 3:
+            raise torch.OutOfMemoryError(f"wanted {len(done)} bytes\nand so on")
+        return "picture"
+
+    def step_down(reason: str) -> None:
+        done.extend([reason, "less"])
+
+    assert with_less(compute, step_down) == "picture"
+    assert done == [
+        "try", "try", "wanted 2 bytes", "less", "try", "wanted 5 bytes", "less", "try", "wanted 8 bytes", "less", "try",
+    ]  # fmt: skip
+
+
 def test_the_allocator_of_the_cpu_says_so_too() -> None:
     reasons: list[str] = []
 
