@@ -241,6 +241,9 @@ def test_the_plan_counts_the_bytes_of_the_file(folder: Path, mixed: Path) -> Non
     sizes = full.plan.sizes
     saved = full.plan.stages[2].device - pipe.plan.stages[2].device
     assert 2 * (sizes.text_encoder + sizes.transformer + sizes.vae) - held == pytest.approx(saved, abs=32)
+    largest = max(weight.numel() for weight in full.transformer.layers[0].parameters())
+    more = [plan.stages[1].device - plan.stages[2].device for plan in (pipe.plan, full.plan)]
+    assert more[0] - more[1] == pytest.approx(2 * largest, rel=0.3)  # room for one weight that is widened
     assert pipe.plan.sizes.packed == sum(
         one.weight.numel() for one in pipe.transformer.modules() if isinstance(one, PackedLinear)
     )
@@ -316,6 +319,12 @@ def test_another_model_is_refused_by_its_tensors(tiny: Path, mixed: Path, tmp_pa
     save_file({name: one.clone() for name, one in twice.items()}, tmp_path / "twice.safetensors")
     with pytest.raises(CheckpointError, match="twice, in two ways of naming"):
         load(tiny, tmp_path / "twice.safetensors")
+    odd = published(weights_of(tiny))
+    fused = "layers.0.attention.qkv.weight"
+    odd[fused] = torch.cat([odd[fused], odd[fused][:1]])  # not three parts as tall as one another
+    save_file(odd, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=rf"unexpected: .*{fused}"):
+        load(tiny, tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.w1.weight", "layers.1.adaLN_modulation.0.weight"])
