@@ -13,7 +13,7 @@ from torch import nn
 from zimage.sampling.guidance import guide
 from zimage.sampling.schedule import shifted_sigmas
 from zimage.training.config import DistillationStage, ModelSize
-from zimage.training.distill import Lesson, lesson_loss, train_turbo
+from zimage.training.distill import LEVELS, Captions, Lesson, Lessons, lesson_loss, train_turbo
 from zimage.training.flow import Batches, train_flow
 from zimage.training.latents import load_latents
 from zimage.training.models import Painter, half_precision, predict
@@ -68,11 +68,10 @@ def test_the_lesson_is_where_the_guided_teacher_goes(data: Path, size: ModelSize
     stage = replace(STAGE, guidance_scale=100.0)  # of weights that have learned nothing, whose captions hardly differ
     batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(1)
     levels = shifted_sigmas(8, 3.0)
+    captions = Captions.of(painter, batch, empty, CPU)
     for place in (0, 7):
-        index = torch.full((4,), place)
-        lesson = Lesson.of(painter, batch, index, empty, stage, CPU)
         latents = (1 - levels[place]) * batch.latents + levels[place] * batch.noise
-        torch.testing.assert_close(lesson.noisy, latents)
+        lesson = Lesson.of(painter.transformer, captions, latents, torch.full((4,), place), stage)
         middle = (levels[place] + levels[place + 1]) / 2
         for sigma, after in ((levels[place], middle), (middle, levels[place + 1])):
             with torch.no_grad(), half_precision(CPU):
@@ -93,6 +92,35 @@ def test_the_loss_is_zero_where_one_step_ends_where_the_teacher_does(data: Path,
     tokenizer = load_tokenizer(data / "tokenizer")
     stage = replace(STAGE, guidance_scale=0.0, teacher_steps=1)
     batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(2)
-    lesson = Lesson.of(painter, batch, torch.tensor([0, 3, 5, 7]), batch_of(tokens_of(tokenizer, [""])), stage, CPU)
+    captions = Captions.of(painter, batch, batch_of(tokens_of(tokenizer, [""])), CPU)
+    lesson = Lesson.of(painter.transformer, captions, batch.latents, torch.tensor([0, 3, 5, 7]), stage)
     assert lesson.target.std() > 0.1
-    assert lesson_loss(painter.transformer, lesson, CPU) < 1e-4
+    assert lesson_loss(painter.transformer, lesson) < 1e-4
+
+
+def test_lessons_begin_at_noisy_scenes_and_where_the_student_itself_gets_to(
+    teacher: Painter, data: Path, size: ModelSize
+) -> None:
+    stage = replace(STAGE, batch=16, own_share=0.3)
+    tokenizer = load_tokenizer(data / "tokenizer")
+    batches, student = Batches(stage, tokenizer, load_latents(data, 0), 0), Painter(size).requires_grad_(False)
+    nn.init.normal_(student.transformer.all_final_layer["2-1"].linear.weight, std=0.2)
+    lessons, levels = Lessons(teacher, student.transformer, batches, CPU), shifted_sigmas(8, 3.0)
+    for step in (1, 3):
+        lesson, batch = lessons.of(step), batches.of(step)
+        sigmas = lesson.sigmas[:, None, None, None]
+        torch.testing.assert_close(lesson.noisy, (1 - sigmas) * batch.latents + sigmas * batch.noise)
+        assert lesson.captions.lengths == batch.lengths
+    for step in (2, 5):
+        lesson, batch = lessons.of(step), batches.of(step)
+        assert lesson.captions.lengths == batch.lengths[:2] * LEVELS
+        assert torch.equal(lesson.sigmas, levels[:-1].repeat_interleave(2))
+        way = lesson.noisy.unflatten(0, (LEVELS, 2))
+        assert torch.equal(way[0], batch.noise[:2])
+        with torch.no_grad(), half_precision(CPU):
+            features = teacher.text_encoder(batch.ids[:2]).last_hidden_state
+            for number in range(LEVELS - 1):
+                start, end = levels[number], levels[number + 1]
+                at = (1 - start).expand(2)
+                velocity = predict(student.transformer, features, batch.lengths[:2], way[number], at)
+                torch.testing.assert_close(way[number + 1], way[number] + (end - start) * velocity)

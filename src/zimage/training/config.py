@@ -143,8 +143,10 @@ class DistillationStage(FlowStage):
     """Nothing is read from the student."""
     guidance_scale: float = 5.0
     """The teacher's: one more than in the base model's recipe, since the student falls a little short of it."""
-    teacher_steps: int = 2
+    teacher_steps: int = 4
     """Steps that the teacher takes from one of the student's levels to the next."""
+    own_share: float = 0.5
+    """Share of the steps whose lessons begin where the student gets to by itself: fewer captions, at all levels."""
 
 
 @dataclass(frozen=True, kw_only=True)

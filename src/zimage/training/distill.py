@@ -1,14 +1,16 @@
 """The last stage: a transformer learns to draw in eight evaluations without guidance as its teacher does in many.
 
-Progressive distillation in one go (arXiv 2202.00512) of a guided teacher (arXiv 2210.03142): from a scene's latents
-with noise at one of the student's eight levels, the teacher takes several guided steps of Euler to the next level, and
-the student learns the velocity whose single step ends there. The text encoder stays as it is.
+Progressive distillation in one go (arXiv 2202.00512) of a guided teacher (arXiv 2210.03142): from one of the student's
+eight levels the teacher takes several guided steps of Euler to the next, and the student learns the velocity whose
+single step ends there. Lessons begin at a scene's latents with noise and, every so many steps, where the student itself
+gets to from noise, so that it learns to mend what it does wrong. The text encoder stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from .loop import Losses, run
 from .models import Painter, compile_blocks, half_precision, predict
 from .state import TrainingState, fill, step_generator
 from .tokenizer import batch_of, load_tokenizer, tokens_of
+
+LEVELS = TURBO.num_inference_steps
+"""Noise levels that the student evaluates at."""
 
 
 def train_turbo(
@@ -53,74 +58,123 @@ def train_turbo(
         earlier = ZImagePipeline.from_pretrained(initial, dtype="float32", device="cpu")
         fill(student, earlier.transformer.state_dict(), "the student to start from")
     tokenizer = load_tokenizer(data / "tokenizer")
-    batches = Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo")
-    empty = batch_of(tokens_of(tokenizer, [""]))
+    lessons = Lessons(painter, student, Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo"), device)
     if compiled:
         compile_blocks(painter.transformer, painter.text_encoder)
         compile_blocks(student)
     state = TrainingState.start(student, stage)
 
     def losses(step: int) -> Losses:
-        index = torch.randint(TURBO.num_inference_steps, (stage.batch,), generator=step_generator(seed, step, "levels"))
-        lesson = Lesson.of(painter, batches.of(step), index, empty, stage, device)
-        return {"loss": lesson_loss(student, lesson, device)}
+        return {"loss": lesson_loss(student, lessons.of(step))}
 
     run(state, losses, stage, folder=folder, seed=seed, resume=resume, until=until, progress=progress)
 
 
 @dataclass(frozen=True)
+class Captions:
+    """Features (B, padded, hidden) of captions and of the empty one, with their lengths."""
+
+    features: Tensor
+    lengths: list[int]
+    empty: Tensor
+    empty_length: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, painter: Painter, batch: Batch, empty: tuple[Tensor, list[int]], device: torch.device) -> Captions:
+        """Those of a batch; `empty` are ids and lengths of the empty caption alone."""
+        count, padded = batch.ids.shape
+        nothing = empty[0].new_zeros(1, padded)
+        nothing[:, : empty[0].shape[1]] = empty[0]
+        with half_precision(device):
+            ids = torch.cat([batch.ids, nothing]).to(device)
+            encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+        return cls(encoded[:count], batch.lengths, encoded[count:].expand(count, -1, -1), empty[1][0])
+
+    def with_empty(self) -> Captions:
+        """All of them, and the empty one as often again."""
+        lengths = [*self.lengths, *([self.empty_length] * len(self.lengths))]
+        return Captions(torch.cat([self.features, self.empty]), lengths, self.empty, self.empty_length)
+
+    def repeat(self, times: int) -> Captions:
+        """All of them `times` times."""
+        features, empty = (one.repeat(times, 1, 1) for one in (self.features, self.empty))
+        return Captions(features, self.lengths * times, empty, self.empty_length)
+
+
+@dataclass(frozen=True)
 class Lesson:
-    """Where the student stands, for which caption, and the velocity (B, 16, h, w) that it should have there."""
+    """Where the student stands, for which captions, and the velocity (B, 16, h, w) that it should have there."""
 
     noisy: Tensor
     sigmas: Tensor
-    features: Tensor
-    lengths: list[int]
+    captions: Captions
     target: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls,
-        painter: Painter,
-        batch: Batch,
-        index: Tensor,
-        empty: tuple[Tensor, list[int]],
-        stage: DistillationStage,
-        device: torch.device,
-    ) -> Lesson:
-        """What the teacher does from level `index` (B,) of the student's schedule to the next."""
-        levels = shifted_sigmas(TURBO.num_inference_steps, TURBO.shift)
-        start, end = levels[index].to(device), levels[index + 1].to(device)
-        noisy = _mixed(batch.latents.to(device), batch.noise.to(device), start)
-        count, padded = batch.ids.shape
-        nothing = empty[0].new_zeros(1, padded)
-        nothing[:, : empty[0].shape[1]] = empty[0]
-        ids = torch.cat([batch.ids, nothing]).to(device)
-        lengths = [*batch.lengths, *(empty[1] * count)]
-        with half_precision(device):
-            encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
-        features = torch.cat([encoded[:count], encoded[count:].expand(count, -1, -1)])
+    def of(cls, teacher: Any, captions: Captions, noisy: Tensor, index: Tensor, stage: DistillationStage) -> Lesson:
+        """What the teacher does from `noisy` at level `index` (B,) of the student's schedule to the next."""
+        levels = _levels(noisy.device)
+        start, end = levels[index], levels[index + 1]
         latents = noisy
         for step in range(stage.teacher_steps):
             sigmas = torch.lerp(start, end, step / stage.teacher_steps)
-            with half_precision(device):
-                both = predict(
-                    painter.transformer, features, lengths, latents.repeat(2, 1, 1, 1), 1.0 - sigmas.repeat(2)
-                )
+            both = _velocity(teacher, captions.with_empty(), latents.repeat(2, 1, 1, 1), sigmas.repeat(2))
             positive, negative = both.chunk(2)
             velocity = guide(positive, negative, stage.guidance_scale)
             latents = latents + ((end - start) / stage.teacher_steps)[:, None, None, None] * velocity
         target = (latents - noisy) / (end - start)[:, None, None, None]
-        return cls(noisy, start, features[:count], batch.lengths, target)
+        return cls(noisy, start, captions, target)
 
 
-def lesson_loss(student: Any, lesson: Lesson, device: torch.device) -> Tensor:
+def lesson_loss(student: Any, lesson: Lesson) -> Tensor:
     """The mean square of the velocity's error."""
-    with half_precision(device):
-        velocity = predict(student, lesson.features, lesson.lengths, lesson.noisy, 1.0 - lesson.sigmas)
+    velocity = _velocity(student, lesson.captions, lesson.noisy, lesson.sigmas)
     return (velocity - lesson.target).square().mean()
 
 
-def _mixed(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    return torch.lerp(latents, noise, sigmas[:, None, None, None])
+class Lessons:
+    """The lesson of each step, by its number and the student's weights."""
+
+    def __init__(self, painter: Painter, student: Any, batches: Batches, device: torch.device) -> None:
+        self.painter, self.student, self.batches, self.device = painter, student, batches, device
+        self.empty = batch_of(tokens_of(batches.tokenizer, [""]))
+
+    def of(self, step: int) -> Lesson:
+        """The lesson of step 0, 1, …"""
+        batch, stage = self.batches.of(step), self.batches.stage
+        assert isinstance(stage, DistillationStage)
+        generator = step_generator(self.batches.seed, step, "levels")
+        if torch.rand((), generator=generator) < stage.own_share:
+            batch = batch.first(max(1, stage.batch // LEVELS))
+            captions = Captions.of(self.painter, batch, self.empty, self.device)
+            index = torch.arange(LEVELS).repeat_interleave(len(batch.noise))
+            noisy = own_way(self.student, captions, batch.noise.to(self.device))
+            captions = captions.repeat(LEVELS)
+        else:
+            captions = Captions.of(self.painter, batch, self.empty, self.device)
+            index = torch.randint(LEVELS, (len(batch.noise),), generator=generator)
+            sigmas = _levels(torch.device("cpu"))[index, None, None, None]
+            noisy = torch.lerp(batch.latents, batch.noise, sigmas).to(self.device)
+        return Lesson.of(self.painter.transformer, captions, noisy, index, stage)
+
+
+@torch.no_grad()
+def own_way(student: Any, captions: Captions, noise: Tensor) -> Tensor:
+    """Where the student is at each of its levels, (levels * B, 16, h, w), on its way from `noise` (B, 16, h, w)."""
+    levels = _levels(noise.device)
+    passed = [noise]
+    for start, end in pairwise(levels[:-1]):
+        velocity = _velocity(student, captions, passed[-1], start.expand(len(noise)))
+        passed.append(passed[-1] + (end - start) * velocity)
+    return torch.cat(passed)
+
+
+def _velocity(transformer: Any, captions: Captions, noisy: Tensor, sigmas: Tensor) -> Tensor:
+    with half_precision(noisy.device):
+        return predict(transformer, captions.features, captions.lengths, noisy, 1.0 - sigmas)
+
+
+def _levels(device: torch.device) -> Tensor:
+    return shifted_sigmas(LEVELS, TURBO.shift).to(device)

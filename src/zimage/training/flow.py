@@ -6,7 +6,7 @@ of that step alone. Knows nothing of pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class Batch:
     lengths: list[int]
     noise: Tensor
     sigmas: Tensor
+
+    def first(self, count: int) -> Batch:
+        """The first `count` of them."""
+        return Batch(*(getattr(self, field.name)[:count] for field in fields(self)))
 
 
 def train_flow(

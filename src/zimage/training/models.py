@@ -169,6 +169,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, backend: Any = No
 
 def compile_blocks(transformer: Any, text_encoder: Any = None) -> None:
     """Let blocks be compiled: a few shapes in all, a minute of waiting, and then twice the speed on a CPU."""
+    torch._dynamo.config.recompile_limit = 64  # sizes of pictures and of batches, with and without gradients
     transformer._run_block = torch.compile(transformer._run_block, dynamic=False)
     for layer in () if text_encoder is None else text_encoder.layers:
         layer.compile(dynamic=False)
