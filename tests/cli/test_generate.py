@@ -6,7 +6,7 @@ import signal
 import struct
 import subprocess
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,15 @@ def test_interrupting_later_keeps_the_pictures_that_are_done(process: Process, t
     assert read_recipe(tmp_path / f"zimage-{6 + written}.png").request.seed == 6 + written
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """As in a foreground; a shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_the_first_interrupt_asks_the_second_insists(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with cancel_on_interrupt() as event:
