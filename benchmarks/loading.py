@@ -65,9 +65,8 @@ def main() -> None:
         folder = arguments.folder or Path(scratch) / "model"
         if not folder.exists():
             build_checkpoint(folder, size=arguments.size, variant="turbo", transformer_dtype=arguments.files)
-        asked = (arguments.dtype, str(arguments.picture), arguments.memory, arguments.weight_dtype)
-        asked += (arguments.steps,)
-        command = [sys.executable, "-c", CHILD, str(folder), *asked]
+        asked = (str(arguments.picture), arguments.memory, arguments.weight_dtype, arguments.steps)
+        command = [sys.executable, "-c", CHILD, str(folder), arguments.dtype, *asked]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures = json.loads(done.stdout)
     print(json.dumps(figures, indent=2))

@@ -2,14 +2,14 @@
 
 Progressive distillation in one go (arXiv 2202.00512) of a guided teacher (arXiv 2210.03142): from one of the student's
 eight levels the teacher takes several guided steps of Euler to the next, and the student learns the velocity whose
-single step ends there. Lessons begin at a scene's latents with noise and, every so many steps, where the student itself
-gets to from noise, so that it learns to mend what it does wrong. The text encoder stays as it is.
+single step ends there. Lessons begin at a scene's latents with noise or, in a share of the steps, where the student
+itself gets to from noise, so that it learns to mend what it does wrong. The text encoder stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def train_turbo(
 
 @dataclass(frozen=True)
 class Captions:
-    """Features (B, padded, hidden) of captions and of the empty one, with their lengths."""
+    """Features (B, padded, hidden) of captions and (1, padded, hidden) of the empty one, with their lengths."""
 
     features: Tensor
     lengths: list[int]
@@ -89,17 +89,17 @@ class Captions:
         with half_precision(device):
             ids = torch.cat([batch.ids, nothing]).to(device)
             encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
-        return cls(encoded[:count], batch.lengths, encoded[count:].expand(count, -1, -1), empty[1][0])
+        return cls(encoded[:count], batch.lengths, encoded[count:], empty[1][0])
 
     def with_empty(self) -> Captions:
         """All of them, and the empty one as often again."""
-        lengths = [*self.lengths, *([self.empty_length] * len(self.lengths))]
-        return Captions(torch.cat([self.features, self.empty]), lengths, self.empty, self.empty_length)
+        empties = [self.empty_length] * len(self.lengths)
+        features = torch.cat([self.features, self.empty.expand_as(self.features)])
+        return replace(self, features=features, lengths=[*self.lengths, *empties])
 
     def repeat(self, times: int) -> Captions:
         """All of them `times` times."""
-        features, empty = (one.repeat(times, 1, 1) for one in (self.features, self.empty))
-        return Captions(features, self.lengths * times, empty, self.empty_length)
+        return replace(self, features=self.features.repeat(times, 1, 1), lengths=self.lengths * times)
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Lesson:
         """What the teacher does from `noisy` at level `index` (B,) of the student's schedule to the next."""
         levels = _levels(noisy.device)
         start, end = levels[index], levels[index + 1]
-        latents = noisy
+        both_captions, latents = captions.with_empty(), noisy
         for step in range(stage.teacher_steps):
             sigmas = torch.lerp(start, end, step / stage.teacher_steps)
-            both = _velocity(teacher, captions.with_empty(), latents.repeat(2, 1, 1, 1), sigmas.repeat(2))
+            both = _velocity(teacher, both_captions, latents.repeat(2, 1, 1, 1), sigmas.repeat(2))
             positive, negative = both.chunk(2)
             velocity = guide(positive, negative, stage.guidance_scale)
             latents = latents + ((end - start) / stage.teacher_steps)[:, None, None, None] * velocity
