@@ -83,11 +83,14 @@ def test_every_option_of_a_request_is_replayed(base: ZImagePipeline, small: dict
         "cfg_normalization": 0.7,
         "cfg_truncation": 0.9,
         "sampler": "dpmpp_2m",
-        "sigmas": [1.0, 0.1 + 0.2],
+        "sigmas": [1.0, 0.8, 0.7, 0.1 + 0.2],
+        "cache": [0, 1, 2],
         "max_sequence_length": 24,
     }
-    image = base("two\nlines of text", **small, **options, seed=2**32 - 1).images[0]
-    plain = base("two\nlines of text", **small, seed=2**32 - 1).images[0]
+    size = {**small, "num_inference_steps": None}
+    image = base("two\nlines of text", **size, **options, seed=2**32 - 1).images[0]
+    del options["cache"]
+    plain = base("two\nlines of text", **size, **options, seed=2**32 - 1).images[0]
     assert pixel_digest(image) != pixel_digest(plain)
     file = io.BytesIO()
     image.save(file, "PNG")

@@ -21,6 +21,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "variants",
         "rules",
         "request",
+        "caching",
         "_version",
         "memory.peaks",
         "memory.plan",

@@ -18,7 +18,7 @@ from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
 from .sampling.guidance import guide, is_guided
-from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity
+from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity, for_step
 from .sampling.schedule import model_timesteps, shifted_sigmas
 
 KEPT = 8
@@ -130,7 +130,13 @@ def denoising_steps(
     velocity = attempt(lambda: make_velocity(preparation, request, conditioning))
     safe, previous = False, None
     for index in range(start, total):
-        take = partial(_take, sampler, latents=latents, levels=(sigmas[index], sigmas[index + 1]), previous=previous)
+        take = partial(
+            _take,
+            for_step(sampler, index, request.cache, previous),
+            latents=latents,
+            levels=(sigmas[index], sigmas[index + 1]),
+            previous=previous,
+        )
         step, good = attempt(partial(take, velocity))
         if not good and not safe:
             safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning))

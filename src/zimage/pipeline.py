@@ -81,6 +81,7 @@ class ZImagePipeline(Parts):
         *,
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
+        cache: str | Sequence[int] | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .caching import noise_levels, resolve_cache
 from .errors import RequestError
 from .rules import (
     MAX_SEED,
@@ -47,6 +48,8 @@ class GenerationRequest:
         cfg_truncation: guidance is off in steps whose `1 − sigma` exceeds this; 1 is never off.
         seed: 0 to 2³² − 1; `None` draws one.
         sampler: "euler", "heun" or "dpmpp_2m".
+        cache: "balanced" evaluates the model in about half of the steps and predicts the others from those before (base
+            only, Euler or DPM++ 2M); or the steps to evaluate, counted from 0. See the guide for what it costs.
         sigmas: noise levels before the shift, descending within (0, 1], without the final 0; one per step.
         max_sequence_length: tokens of the prompt, template included, that are kept.
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.
@@ -65,6 +68,7 @@ class GenerationRequest:
     cfg_truncation: float | None = None
     seed: int | None = None
     sampler: str | None = None
+    cache: str | Sequence[int] | None = None
     sigmas: Sequence[float] | None = None
     max_sequence_length: int | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
@@ -82,13 +86,16 @@ class GenerationRequest:
         sampler = variant.sampler if self.sampler is None else self.sampler
         if sampler not in SAMPLERS:
             raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        steps = resolve_steps(self.num_inference_steps, sigmas, variant)
+        shift = variant.shift if shift is None else shift
+        levels = noise_levels(steps, shift, sigmas)
         return ResolvedRequest(
             variant=variant.name,
             height=height,
             width=width,
-            num_inference_steps=resolve_steps(self.num_inference_steps, sigmas, variant),
+            num_inference_steps=steps,
             sampler=sampler,
-            shift=variant.shift if shift is None else shift,
+            shift=shift,
             sigmas=sigmas,
             seed=resolve_seed(self),
             max_sequence_length=integer(
@@ -103,6 +110,7 @@ class GenerationRequest:
             guidance_scale=guidance.scale,
             cfg_normalization=guidance.normalization,
             cfg_truncation=guidance.truncation,
+            cache=resolve_cache(self.cache, variant, sampler=sampler, levels=levels, truncation=guidance.truncation),
         )
 
 
@@ -111,6 +119,7 @@ class ResolvedRequest:
     """One picture with everything decided: with the same weights it is the same picture. See `GenerationRequest`.
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
+    `cache` has the steps that the model is evaluated in, and is empty where that is every one.
     `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
     """
 
@@ -128,6 +137,7 @@ class ResolvedRequest:
     shift: float
     sigmas: tuple[float, ...]
     max_sequence_length: int
+    cache: tuple[int, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
@@ -158,6 +168,7 @@ class ResolvedRequest:
             cfg_truncation=self.cfg_truncation,
             seed=None if "latents" in given else self.seed,
             sampler=self.sampler,
+            cache=self.cache or None,
             sigmas=self.sigmas or None,
             max_sequence_length=self.max_sequence_length,
             any_size=True,

@@ -24,6 +24,8 @@ class Variant:
     guidance_scale: float
     supports_guidance: bool
     """Whether classifier-free guidance and negative prompts mean anything to the model."""
+    supports_cache: bool
+    """Whether its steps are many enough that some can be predicted from others."""
     height: int = 1024
     width: int = 1024
     cfg_normalization: float = 0.0
@@ -47,6 +49,7 @@ BASE = Variant(
     num_inference_steps=50,
     guidance_scale=4.0,
     supports_guidance=True,
+    supports_cache=True,
     advice="for variety between seeds, negative prompts and fine-tuning; an image takes 56 to 100 evaluations",
 )
 TURBO = Variant(
@@ -57,6 +60,7 @@ TURBO = Variant(
     num_inference_steps=8,
     guidance_scale=0.0,
     supports_guidance=False,
+    supports_cache=False,
     advice="for speed: an image takes 8 evaluations; no guidance, no negative prompt, seeds look alike",
 )
 

@@ -283,6 +283,8 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
         ({"sampler": "dpmpp_2m"}, 20),
         ({"sampler": "heun", "guidance_scale": 0}, 19),
         ({"sampler": "heun"}, 38),
+        ({"cache": "balanced"}, 14),
+        ({"cache": [0, 1, 2], "guidance_scale": 0}, 3),
         ({"cfg_truncation": 0.0}, 11),
         ({"sigmas": [1.0, 0.5], "num_inference_steps": 2}, 4),
     ],

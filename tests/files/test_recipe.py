@@ -44,6 +44,7 @@ def altered(part: str, **values: Any) -> str:
         {"sigmas": [1.0, 0.7, 0.1 + 0.2], "sampler": "heun", "cfg_normalization": True, "cfg_truncation": 0.3},
         {"height": 512, "width": 2048, "seed": 2**32 - 1, "max_sequence_length": 1504},
         {"height": 16, "width": 32, "any_size": True},
+        {"cache": "balanced"},
     ],
 )
 def test_json_gives_the_same_recipe_back(asked: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def test_json_says_what_it_is() -> None:
     assert document["format"] == 1
     assert document["request"]["prompt"] == "ein Fuchs, 狐狸"
     assert document["request"]["num_inference_steps"] == 50
-    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {"tensors"}
+    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {"tensors", "cache"}
     assert "狐狸" in make().to_json()
 
 

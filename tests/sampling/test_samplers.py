@@ -251,3 +251,46 @@ def test_reads_nothing_back(sampler: Sampler) -> None:
 def test_a_single_step_is_the_image_predicted_from_noise(name: str) -> None:
     (step,) = sample(SAMPLERS[name], wavy_velocity, Z, [1.0, 0.0])
     torch.testing.assert_close(step.latents, Z - wavy_velocity(Z, 1.0))
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_a_velocity_that_is_a_line_in_sigma_is_predicted_exactly(name: str) -> None:
+    sigmas, slope = whole(12, 3.0), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).reshape(1, 3, 1, 1)
+    asked: list[float] = []
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        asked.append(sigma)
+        return 1.0 + sigma * slope
+
+    (*_, every), (*_, some) = (sample(SAMPLERS[name], velocity, Z, sigmas, cache) for cache in ((), (0, 1, 5)))
+    torch.testing.assert_close(some.latents, every.latents, rtol=0, atol=1e-12)
+    assert asked == [*sigmas[:-1], sigmas[0], sigmas[1], sigmas[5]]
+
+
+def test_predictions_are_made_from_the_last_two_evaluations() -> None:
+    sigmas = whole(8, 3.0)
+    steps = list(sample(euler, wavy_velocity, Z, sigmas, (0, 1, 3)))
+    (earlier, before), (later, last) = steps[3].slopes
+    assert (earlier, later) == (sigmas[1], sigmas[3])
+    assert torch.equal(before, wavy_velocity(steps[0].latents, sigmas[1]))
+    assert torch.equal(last, wavy_velocity(steps[2].latents, sigmas[3]))
+    slope = (steps[6].latents - steps[5].latents) / (sigmas[7] - sigmas[6])
+    line = last + (sigmas[6] - later) * (last - before) / (later - earlier)
+    torch.testing.assert_close(slope, line, rtol=0, atol=1e-12)
+    assert all(steps[index].slopes is steps[3].slopes for index in range(4, 8))
+
+
+def test_steps_that_no_two_evaluations_led_to_are_evaluated() -> None:
+    run, asked = None, []
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        asked.append(sigma)
+        return wavy_velocity(latents, sigma)
+
+    sigmas = whole(9, 3.0)
+    run = sample(euler, velocity, Z, sigmas, (0, 1))
+    for _ in range(4):
+        next(run)
+    run.send(Z * 0.5)
+    list(run)
+    assert asked == [sigmas[0], sigmas[1], sigmas[4], sigmas[5]]

@@ -55,6 +55,7 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
     parts = [
         pipe.variant.name,
         f"{first.num_inference_steps} steps" + ("" if first.sampler == "euler" else f" of {first.sampler}"),
+        *([f"{len(first.cache)} of them evaluated"] if first.cache else []),
         f"guidance {first.guidance_scale:g}",
         f"{first.width}x{first.height}",
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
@@ -89,7 +90,7 @@ def evaluations(request: ResolvedRequest) -> int:
     levels = shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
     sigmas = levels.tolist()
     times = dict(zip(sigmas, model_timesteps(levels).tolist(), strict=True))
-    for _ in sample(SAMPLERS[request.sampler], velocity, zeros(1), sigmas):
+    for _ in sample(SAMPLERS[request.sampler], velocity, zeros(1), sigmas, request.cache):
         pass
     return counted
 

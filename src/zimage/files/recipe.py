@@ -10,7 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -75,7 +75,8 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as one line of JSON, which `from_json` reads back to an equal recipe."""
-        request = {name: getattr(self.request, name) for name in _request_types()}
+        values = {name: getattr(self.request, name) for name in _request_types()}
+        request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
         document = dict(zip(_PARTS, contents, strict=True))
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
@@ -175,18 +176,25 @@ def _request_types() -> dict[str, str]:
     return {field.name: str(field.type) for field in fields(ResolvedRequest) if field.name != "tensors"}
 
 
+_LATER = {
+    field.name: field.default
+    for field in fields(ResolvedRequest)
+    if field.default is not MISSING and field.name in _request_types()
+}
+"""Options that recipes did not always have, with what stands for their absence; a recipe names them where they act."""
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
     "float": (int, float),
     "tuple[float, ...]": (list,),
+    "tuple[int, ...]": (list,),
 }
 
 
 def _read_request(document: Any) -> ResolvedRequest:
     """The request in a recipe's JSON, put through every rule that a user's request goes through."""
     types = _request_types()
-    _exact_keys("request", document, tuple(types))
+    _exact_keys("request", document, tuple(types), optional=tuple(_LATER))
     for name, value in document.items():
         if type(value) not in _JSON_TYPES[types[name]]:
             raise RequestError(f"{name} is of the wrong type: {shown(value)}")
@@ -199,10 +207,10 @@ def _read_request(document: Any) -> ResolvedRequest:
     return request.resolve(get_variant(request.variant), shift=request.shift)
 
 
-def _exact_keys(name: str, document: Any, expected: tuple[str, ...]) -> None:
+def _exact_keys(name: str, document: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(document, Mapping):
         raise RequestError(f"{name} must be an object, got {shown(document)}")
-    missing = [key for key in expected if key not in document]
+    missing = [key for key in expected if key not in document and key not in optional]
     unknown = [key for key in document if key not in expected]
     for problem, keys in (("lacks", missing), ("has unknown entries", unknown)):
         if keys:
