@@ -63,7 +63,7 @@ def agrees(value: Tensor | None, reference: Tensor, dtype: torch.dtype | None = 
     assert value is not None
     assert (value.dtype, value.shape) == (reference.dtype, reference.shape)
     step = torch.finfo(dtype or value.dtype).eps
-    torch.testing.assert_close(value, reference, rtol=2 * step, atol=max(2e-6, 2 * step if dtype else 0.0))
+    torch.testing.assert_close(value, reference, rtol=max(2e-6, 2 * step), atol=max(2e-6, 2 * step if dtype else 0.0))
     if step > 1e-6:
         assert value.isclose(reference, rtol=1e-6, atol=1e-6).float().mean().item() >= 0.99
 

@@ -79,14 +79,14 @@ def test_a_compiler_sees_the_plain_expression(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("value", "mode"), [("off", "off"), ("on", "on"), ("", "auto"), (None, "auto")])
-def test_the_environment(monkeypatch: pytest.MonkeyPatch, value: str | None, mode: str) -> None:
+def test_the_environment(monkeypatch: pytest.MonkeyPatch, device: torch.device, value: str | None, mode: str) -> None:
     if value is None:
         monkeypatch.delenv(switch.VARIABLE, raising=False)
     else:
         monkeypatch.setenv(switch.VARIABLE, value)
     again = loaded_again()
     assert again._mode.get() == mode
-    ran = again.run("normalize", HIDDEN, WEIGHT, None, 1e-5) if mode != "auto" else None
+    ran = again.run("normalize", HIDDEN.to(device), WEIGHT.to(device), None, 1e-5) if mode != "auto" else None
     assert (ran is not None) == (mode == "on")
 
 
