@@ -34,6 +34,7 @@ bench: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/kernels.py --output benchmarks/results
 	$(BIN)/python benchmarks/memory.py --output benchmarks/results
 	$(BIN)/python benchmarks/against_diffusers.py --device cuda --output benchmarks/results
 

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels are run in Python
 
 from zimage import ZImagePipeline
 from zimage.testing import build_checkpoint

@@ -28,7 +28,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "memory.planner",
         "memory.sizes",
     ),
-    ("sampling", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
+    ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
     ("runtime", "components", "denoiser", "callbacks", "calls", "output", "parts", "pipeline", "placed"),
     ("cli", "testing", "server", "distributed", "training", "demo"),

@@ -19,9 +19,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from .layers import activate, normalize
+from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized
 from .precision import overflow_scale, residual_dtype
-from .rope import axis_rotations, rotate
+from .rope import axis_rotations
 
 PATCH = 2
 """Latent pixels per side of an image token."""
@@ -211,10 +211,11 @@ class ZImageTransformer(ZImageTransformer2DModel):
         attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
         hidden = normalize(block.attention_norm1, tokens, attention_scale)
         update = _attention(block.attention, hidden, rotations, scale, self.attend)
-        tokens = tokens + normalize(block.attention_norm2, update, attention_gate)
-        hidden = normalize(block.ffn_norm1, tokens, feed_forward_scale)
+        tokens, hidden = add_then_normalize(
+            tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale
+        )
         update = _feed_forward(block.feed_forward, hidden, scale)
-        return tokens + normalize(block.ffn_norm2, update, feed_forward_gate)
+        return add_normalized(tokens, block.ffn_norm2, update, feed_forward_gate)
 
 
 def batch_captions(captions: Sequence[Caption]) -> Caption:
@@ -239,15 +240,13 @@ def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:
 def _attention(
     attention: Any, hidden: Tensor, rotations: Tensor, scale: float, attend: Callable[..., Tensor]
 ) -> Tensor:
-    query, key, value = (
-        project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
-        for project in (attention.to_q, attention.to_k, attention.to_v)
+    def heads(project: Any) -> Tensor:
+        return project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
+
+    value = heads(attention.to_v)
+    query, key = rotate_normalized(
+        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations
     )
-    if attention.norm_q is not None:
-        query = normalize(attention.norm_q, query)
-    if attention.norm_k is not None:
-        key = normalize(attention.norm_k, key)
-    query, key = rotate(torch.cat([query, key], dim=2), rotations).chunk(2, dim=2)
     mixed = attend(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
     if scale != 1.0:
@@ -258,7 +257,5 @@ def _attention(
 
 
 def _feed_forward(feed_forward: Any, hidden: Tensor, scale: float) -> Tensor:
-    gate = activate(feed_forward.w1, hidden)
-    if scale == 1.0:
-        return feed_forward.w2(gate.mul_(feed_forward.w3(hidden)))
-    return feed_forward.w2(gate.mul_(feed_forward.w3(hidden) * scale)).float() / scale
+    update = feed_forward.w2(gate(feed_forward.w1, feed_forward.w3, hidden, scale))
+    return update if scale == 1.0 else update.float() / scale

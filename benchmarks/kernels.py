@@ -1,0 +1,179 @@
+"""Each fused kernel beside the torch expression it replaces, on a CUDA device at the released models' widths.
+
+A picture of 1024² with 128 tokens of caption: 4224 tokens of 3840 channels, feed-forward 10240. For each: the median
+time of a call, and the bytes that must be read and written divided by it, beside what a plain copy of the residual
+stream moves. Bytes are those of a single pass, so that an expression of many passes shows fewer a second. `--output`
+writes the table as JSON into a folder.
+
+    python benchmarks/kernels.py [--dtypes bfloat16,float16] [--tokens 4224] [--rounds 50] [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from zimage.kernels.switch import using
+from zimage.models import layers
+from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
+
+DIM, HEADS, HIDDEN = 3840, 30, 10240
+WARM_UP = 5
+FLOOD = 1 << 30
+"""Bytes that are written between two calls: more than any cache holds."""
+Case = tuple[Callable[[], Any], int]
+"""A call and the bytes that it must move."""
+
+
+def main() -> None:
+    """Measure every kernel in every type and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="bfloat16,float16")
+    parser.add_argument("--tokens", type=int, default=4096 + 128)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py measures on a CUDA device, and torch finds none here")
+    rows = []
+    for name in arguments.dtypes.split(","):
+        for row in measure(DTYPES[name], arguments.tokens, arguments.rounds):
+            rows.append({"dtype": name, **row})
+            print(line(rows[-1]), flush=True)
+    if arguments.output:
+        write(rows, arguments.tokens, arguments.output)
+
+
+@torch.no_grad()
+def measure(dtype: torch.dtype, tokens: int, rounds: int) -> Iterable[dict[str, Any]]:
+    """A row for the copy and for each kernel."""
+    source = torch.randn(1, tokens, DIM, device="cuda").to(residual_dtype(dtype))
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.element_size()
+    yield row_of("copy", copied, {"torch": median_time(lambda: target.copy_(source), rounds)})
+    for name, (call, moved) in cases(dtype, tokens).items():
+        times = {}
+        for side, mode in (("torch", "off"), ("fused", "on")):
+            with using(mode):
+                times[side] = median_time(call, rounds)
+        yield row_of(name, moved, times)
+
+
+def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
+    """What a block does between its matrix products."""
+    wide = residual_dtype(dtype)
+    stream, update = noise(1, tokens, DIM, dtype=wide), noise(1, tokens, DIM, dtype=wide)
+    factors, norms = (
+        (noise(1, 1, DIM, dtype=dtype), noise(1, 1, DIM, dtype=dtype)),
+        (norm(DIM, dtype), norm(DIM, dtype)),
+    )
+    packed = noise(1, tokens, 3, HEADS, DIM // HEADS, dtype=dtype)
+    head_norms = norm(DIM // HEADS, dtype), norm(DIM // HEADS, dtype)
+    angles = noise(1, tokens, DIM // HEADS // 2)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    apart = [packed[:, :, number].contiguous() for number in range(2)]
+    opening, content = Gives(noise(1, tokens, HIDDEN, dtype=dtype)), Gives(noise(1, tokens, HIDDEN, dtype=dtype))
+    row, item = tokens * DIM, dtype.itemsize
+    return {
+        "normalize": (lambda: layers.normalize(norms[0], stream, factors[0]), row * (wide.itemsize + item)),
+        "add": (lambda: layers.add_normalized(stream, norms[0], update, factors[0]), row * 3 * wide.itemsize),
+        "add, normalize": (
+            lambda: layers.add_then_normalize(stream, norms[0], update, factors[0], norms[1], factors[1]),
+            row * (3 * wide.itemsize + item),
+        ),
+        "rotate": (
+            lambda: layers.rotate_normalized(*head_norms, *apart, rotations),
+            row * 4 * item + tokens * DIM // HEADS * 4,
+        ),
+        "rotate, packed": (
+            lambda: layers.rotate_normalized(*head_norms, packed[:, :, 0], packed[:, :, 1], rotations),
+            row * 4 * item + tokens * DIM // HEADS * 4,
+        ),
+        "gate": (
+            lambda: layers.gate(opening, content, stream, overflow_scale(dtype)),
+            tokens * HIDDEN * 3 * item,
+        ),
+    }
+
+
+class Gives(nn.Module):
+    """A layer that takes no time: it gives what it holds, which the gate writes over."""
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.held
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def norm(width: int, dtype: torch.dtype) -> RMSNorm:
+    layer = RMSNorm(width, eps=1e-5)
+    layer.weight = nn.Parameter(noise(width, dtype=dtype), requires_grad=False)
+    return layer
+
+
+def median_time(call: Callable[[], Any], rounds: int) -> float:
+    """Seconds on the device of one call whose tensors have left the cache. Filling it with something else before each
+    call takes longer than launching the call, so that no time is spent waiting for the host."""
+    flood = torch.empty(FLOOD, dtype=torch.uint8, device="cuda")
+    for _ in range(WARM_UP):
+        call()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in marks:
+        flood.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1000
+
+
+def row_of(name: str, moved: int, times: dict[str, float]) -> dict[str, Any]:
+    rates = {f"{side}_bytes_per_s": moved / seconds for side, seconds in times.items()}
+    return {"name": name, "bytes": moved, **{f"{side}_s": seconds for side, seconds in times.items()}, **rates}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    said = f"{row['dtype']:>8}  {row['name']:<15}{row['bytes'] / 1e6:7.1f} MB"
+    for side in ("torch", "fused"):
+        if f"{side}_s" in row:
+            said += f"  {side} {row[f'{side}_s'] * 1e6:7.1f} us {row[f'{side}_bytes_per_s'] / 1e9:6.0f} GB/s"
+    return said + (f"  {row['torch_s'] / row['fused_s']:.2f} x" if "fused_s" in row else "")
+
+
+def write(rows: list[dict[str, Any]], tokens: int, folder: Path) -> None:
+    """The table as JSON, with device and versions."""
+    import triton
+
+    report = {
+        "machine": torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "tokens": tokens,
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels-cuda-{report['date']}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

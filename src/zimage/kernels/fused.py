@@ -1,0 +1,230 @@
+"""The kernels as functions of tensors: what they are launched with, and whether they apply.
+
+Each function gives `None` where shapes, types or strides are none that its kernel was written for; whoever calls has
+the plain expression. Each goes through torch's override protocol, so that a mode such as `Float32Math` sees it as any
+function of torch. Nothing is tuned by measuring: launch parameters follow from the width of a row, so bits repeat.
+Imported at the first use; importing it needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import rows
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 4096
+"""Elements that a program has in its registers, 16 for each of its threads: one row of the released models' 3840."""
+WIDEST = 16384
+"""Elements of the longest row that a program takes at once."""
+MOST_BATCHES = 65535
+"""The second axis of a launch ends there."""
+GATE_BLOCK = 2048
+"""Elements of a program without sums: two loads of 16 bytes from each source and thread, in half precision."""
+
+Parameters = ParamSpec("Parameters")
+Value = TypeVar("Value")
+
+
+def _overridable(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
+    """`function`, handed to the mode that is active or the tensor type that wants it, as torch's functions are."""
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:
+        if has_torch_function(args):
+            return handle_torch_function(call, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_overridable
+def normalize(hidden: Tensor, weight: Tensor, factor: Tensor | None, eps: float) -> Tensor | None:
+    """RMS norm of rows of `hidden` (..., width) in the weight's type, times `factor` (B or 1, 1, width) if given."""
+    shape = _shape(hidden, factor)
+    if shape is None or not _fit(hidden, shape[2], weight, factor):
+        return None
+    result = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device)
+    count, columns = _tile(shape[2])
+    _launch(
+        rows.normalize_rows, (-(-shape[1] // count), shape[0]), hidden, weight, factor, result, shape[1], eps,
+        batched=_batched(factor), width=shape[2], rows=count, columns=columns, num_warps=_warps(columns),
+    )  # fmt: skip
+    return result
+
+
+@_overridable
+def add_normalized(tokens: Tensor, update: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor | None:
+    """`tokens` (B, N, width) plus `normalize(update, weight, gate, eps)`, in the type of `tokens`."""
+    added = _add(tokens, update, weight, gate, eps)
+    return None if added is None else added[0]
+
+
+@_overridable
+def add_then_normalize(
+    tokens: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    next_weight: Tensor,
+    next_factor: Tensor | None,
+    next_eps: float,
+) -> tuple[Tensor, Tensor] | None:
+    """What `add_normalized` gives, and the norm of that with the `next_` weight, factor and eps."""
+    return _add(tokens, update, weight, gate, eps, next_weight, next_factor, next_eps)
+
+
+def _add(
+    tokens: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    next_weight: Tensor | None = None,
+    next_factor: Tensor | None = None,
+    next_eps: float = 0.0,
+) -> Any:
+    shape = _shape(update, gate, next_factor)
+    if shape is None or tokens.shape != update.shape or not _fit(tokens, shape[2]):
+        return None
+    if not _fit(update, shape[2], weight, gate) or torch.promote_types(tokens.dtype, weight.dtype) != tokens.dtype:
+        return None
+    if next_weight is not None and not _fit(tokens, shape[2], next_weight, next_factor):
+        return None
+    result, following = torch.empty_like(tokens), None
+    if next_weight is not None:
+        following = torch.empty_like(tokens, dtype=next_weight.dtype)
+    count, columns = _tile(shape[2])
+    _launch(
+        rows.add_rows, (-(-shape[1] // count), shape[0]), tokens, update, weight, gate, result,
+        next_weight, next_factor, following, shape[1], eps, next_eps,
+        batched=_batched(gate), next_batched=_batched(next_factor),
+        width=shape[2], rows=count, columns=columns, num_warps=_warps(columns),
+    )  # fmt: skip
+    return result, following
+
+
+@_overridable
+def rotate_normalized(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    rotations: Tensor,
+    query_eps: float,
+    key_eps: float,
+) -> tuple[Tensor, Tensor] | None:
+    """RMS norm of every head of `query` and `key` (B, N, heads, head_dim), then pairs of channels turned by `rotations`
+    (1 or B, N, head_dim / 2), complex64. Both may be views of one tensor, with channels side by side."""
+    if (
+        query.ndim != 4
+        or query.shape != key.shape
+        or query.dtype != key.dtype
+        or query_weight.dtype != key_weight.dtype
+    ):
+        return None
+    batch, tokens, heads, size = query.shape
+    if not (_fit_heads(query, query_weight) and _fit_heads(key, key_weight)):
+        return None
+    if rotations.dtype != torch.complex64 or tuple(rotations.shape) not in {(n, tokens, size // 2) for n in (1, batch)}:
+        return None
+    if rotations.stride(2) != 1 or rotations.is_conj() or rotations.device != query.device:
+        return None
+    strides = [stride for tensor in (query, key) for stride in tensor.stride()[:3]]
+    step = 16 if all(stride % 16 == 0 for stride in strides) else 1
+    turns = torch.view_as_real(rotations)
+    results = [torch.empty(query.shape, dtype=query_weight.dtype, device=query.device) for _ in range(2)]
+    places, columns = _power_of_two(heads), _power_of_two(size)
+    count = max(1, TILE // (places * columns))
+    _launch(
+        rows.rotate_heads, (-(-tokens // count), batch), query, key, query_weight, key_weight, turns, *results, tokens,
+        *(stride // step for stride in strides), turns.stride(0) if len(rotations) > 1 else 0, turns.stride(1),
+        query_eps, key_eps, step=step, heads=heads, size=size, count=count, places=places, columns=columns,
+        num_warps=_warps(count * places * columns),
+    )  # fmt: skip
+    return results[0], results[1]
+
+
+@_overridable
+def gate(opening: Tensor, content: Tensor, scale: float, in_place: bool) -> Tensor | None:
+    """`silu(opening) * (content * scale)` of two tensors of one shape; written over `opening` if `in_place`."""
+    if opening.shape != content.shape or opening.dtype != content.dtype or not opening.numel():
+        return None
+    if opening.dtype not in TYPES or opening.device != content.device:
+        return None
+    if not (opening.is_contiguous() and content.is_contiguous()):
+        return None
+    result = opening if in_place else torch.empty_like(opening)
+    length = opening.numel()
+    _launch(
+        rows.gate_elements, (-(-length // GATE_BLOCK),), opening, content, result, length,
+        scale=scale, is_whole=length % GATE_BLOCK == 0, block=GATE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+def _shape(hidden: Tensor, *factors: Tensor | None) -> tuple[int, int, int] | None:
+    """(batch, tokens, width) by which `factors` (B or 1, 1, width) are told apart; without them, rows of one batch."""
+    if not hidden.numel() or not hidden.ndim:
+        return None
+    width = hidden.shape[-1]
+    if all(factor is None for factor in factors):
+        return 1, hidden.numel() // width, width
+    if hidden.ndim != 3 or hidden.shape[0] > MOST_BATCHES:
+        return None
+    wanted = [(count, 1, width) for count in (1, hidden.shape[0])]
+    if any(factor is not None and tuple(factor.shape) not in wanted for factor in factors):
+        return None
+    return hidden.shape[0], hidden.shape[1], width
+
+
+def _fit(hidden: Tensor, width: int, weight: Tensor | None = None, factor: Tensor | None = None) -> bool:
+    """Whether rows of `hidden`, a norm's `weight` and a `factor` of its type lie dense on one device."""
+    given = [tensor for tensor in (hidden, weight, factor) if tensor is not None]
+    if any(one.dtype not in TYPES or one.device != hidden.device or not one.is_contiguous() for one in given):
+        return False
+    if weight is not None and (weight.shape != (width,) or (factor is not None and factor.dtype != weight.dtype)):
+        return False
+    return width <= WIDEST
+
+
+def _fit_heads(heads: Tensor, weight: Tensor) -> bool:
+    """Whether channels of `heads` (B, N, heads, head_dim) lie side by side and make pairs, and `weight` is theirs."""
+    if not heads.numel() or heads.stride(3) != 1 or heads.shape[3] % 2 or heads.shape[0] > MOST_BATCHES:
+        return False
+    if _power_of_two(heads.shape[2]) * _power_of_two(heads.shape[3]) > WIDEST:
+        return False
+    return heads.dtype in TYPES and _fit(weight, heads.shape[3], weight) and weight.device == heads.device
+
+
+def _batched(factor: Tensor | None) -> bool:
+    return factor is not None and factor.shape[0] > 1
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program, which has one row or a few short ones."""
+    columns = _power_of_two(width)
+    return max(1, TILE // columns), columns
+
+
+def _warps(elements: int) -> int:
+    """Warps of a program: 16 elements for each thread, or more where that would be too many threads."""
+    return 8 if elements <= TILE else 16
+
+
+def _power_of_two(number: int) -> int:
+    """The first that is not below `number`: Triton's blocks have such sizes."""
+    return 1 << (number - 1).bit_length()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **constants: Any) -> None:
+    """Start `kernel` on the device of its tensors, in the current stream; nothing waits for it."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, **constants, enable_fp_fusion=False)

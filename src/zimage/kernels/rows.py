@@ -1,0 +1,214 @@
+"""The kernels themselves, in Triton. Each is the plain expression of `models/layers.py` with its order of roundings.
+
+What is read is widened to float32, computed there and rounded where torch rounds; sums are over one row, in one
+program, so that a row's bits depend on nothing else. Offsets of rows have 64 bits. Token counts and strides are not
+compiled in: another size of picture needs no new kernel. Importing this needs Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normal(wide, weight, eps, width: tl.constexpr):
+    """RMS norm of rows (rows, columns) in float32 whose columns beyond `width` are zero, in the weight's type."""
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
+    normal = (wide * inverse[:, None]).to(weight.dtype).to(tl.float32)
+    return (normal * weight.to(tl.float32)[None, :]).to(weight.dtype)
+
+
+@triton.jit
+def _times(values, factors):
+    return (values.to(tl.float32) * factors.to(tl.float32)[None, :]).to(values.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def normalize_rows(
+    hidden,
+    weight,
+    factor,
+    result,
+    tokens,
+    eps,
+    batched: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """RMS norm of `rows` tokens, times `factor` (batch or 1, width) if there is one; grid (tokens / rows, batch)."""
+    batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = tl.arange(0, columns)
+    inside = (token < tokens)[:, None] & (column < width)[None, :]
+    place = (batch * tokens + token)[:, None] * width + column[None, :]
+    wide = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+    normal = _normal(wide, tl.load(weight + column, mask=column < width, other=0.0), eps, width)
+    if factor is not None:
+        start = batch * width if batched else 0
+        normal = _times(normal, tl.load(factor + start + column, mask=column < width, other=0.0))
+    tl.store(result + place, normal, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def add_rows(
+    stream,
+    update,
+    weight,
+    gate,
+    result,
+    next_weight,
+    next_factor,
+    next_result,
+    tokens,
+    eps,
+    next_eps,
+    batched: tl.constexpr,
+    next_batched: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Rows of the residual stream plus the norm of `update`, times `gate` if there is one, as `normalize_rows` has it.
+
+    With a `next_weight`, the norm of what that gives as well, before it leaves the registers.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = tl.arange(0, columns)
+    inside = (token < tokens)[:, None] & (column < width)[None, :]
+    place = (batch * tokens + token)[:, None] * width + column[None, :]
+    wide = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(stream + place, mask=inside, other=0.0).to(tl.float32)
+    normal = _normal(wide, tl.load(weight + column, mask=column < width, other=0.0), eps, width)
+    if gate is not None:
+        start = batch * width if batched else 0
+        normal = _times(normal, tl.load(gate + start + column, mask=column < width, other=0.0))
+    total = (before + normal.to(tl.float32)).to(result.dtype.element_ty)
+    tl.store(result + place, total, mask=inside)
+    if next_weight is not None:
+        following = tl.load(next_weight + column, mask=column < width, other=0.0)
+        normal = _normal(total.to(tl.float32), following, next_eps, width)
+        if next_factor is not None:
+            start = batch * width if next_batched else 0
+            normal = _times(normal, tl.load(next_factor + start + column, mask=column < width, other=0.0))
+        tl.store(next_result + place, normal, mask=inside)
+
+
+@triton.jit
+def _turn(
+    source,
+    result,
+    weight,
+    cosine,
+    sine,
+    place,
+    dense,
+    inside,
+    eps,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Heads (rows, columns) at `place` in `source`, normalised and turned, to `dense` in `result`."""
+    channel = tl.arange(0, columns)
+    wide = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+    normal = _normal(wide, tl.load(weight + channel, mask=channel < size, other=0.0), eps, size).to(tl.float32)
+    even, odd = tl.split(tl.reshape(normal, (rows, columns // 2, 2)))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    turned = tl.reshape(turned, (rows, columns)).to(result.dtype.element_ty)
+    tl.store(result + dense, turned, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "query_batch",
+        "query_token",
+        "query_head",
+        "key_batch",
+        "key_token",
+        "key_head",
+        "turn_batch",
+        "turn_token",
+    ]
+)
+def rotate_heads(
+    query,
+    key,
+    query_weight,
+    key_weight,
+    rotations,
+    query_result,
+    key_result,
+    tokens,
+    query_batch,
+    query_token,
+    query_head,
+    key_batch,
+    key_token,
+    key_head,
+    turn_batch,
+    turn_token,
+    query_eps,
+    key_eps,
+    step: tl.constexpr,
+    heads: tl.constexpr,
+    size: tl.constexpr,
+    count: tl.constexpr,
+    places: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Queries and keys of `count` tokens, in `places` for heads each: RMS norm of each head, then its pairs of channels
+    turned; grid (tokens / count, batch). Strides are in units of `step` elements: what is known to be a multiple of 16
+    can be read many channels at once.
+    """
+    first, batch = tl.program_id(0).to(tl.int64) * count, tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, count * places)
+    token, head = first + row // places, (row % places).to(tl.int64)
+    channel = tl.arange(0, columns)
+    inside = ((token < tokens) & (head < heads))[:, None] & (channel < size)[None, :]
+    dense = (((batch * tokens + token) * heads + head) * size)[:, None] + channel[None, :]
+    turned = first + tl.arange(0, count)
+    turns = (batch * turn_batch + turned * turn_token)[:, None] + channel[None, :]
+    turns = tl.load(rotations + turns, mask=(turned < tokens)[:, None] & (channel < size)[None, :], other=0.0)
+    cosine, sine = tl.split(tl.reshape(turns, (count, columns // 2, 2)))
+    if count > 1:
+        shape: tl.constexpr = (count, places, columns // 2)
+        cosine = tl.reshape(tl.broadcast_to(cosine[:, None, :], shape), (count * places, columns // 2))
+        sine = tl.reshape(tl.broadcast_to(sine[:, None, :], shape), (count * places, columns // 2))
+    place = ((batch * query_batch + token * query_token + head * query_head) * step)[:, None] + channel[None, :]
+    _turn(
+        query, query_result, query_weight, cosine, sine, place, dense, inside, query_eps,
+        size, count * places, columns,
+    )  # fmt: skip
+    place = ((batch * key_batch + token * key_token + head * key_head) * step)[:, None] + channel[None, :]
+    _turn(
+        key, key_result, key_weight, cosine, sine, place, dense, inside, key_eps,
+        size, count * places, columns,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length"])
+def gate_elements(
+    gate,
+    content,
+    result,
+    length,
+    scale: tl.constexpr,
+    is_whole: tl.constexpr,
+    block: tl.constexpr,
+):
+    """`silu(gate) * (content * scale)`, `block` elements a program; without masks if that divides the `length`.
+
+    `result` may be `gate`."""
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = None if is_whole else place < length
+    dtype: tl.constexpr = result.dtype.element_ty
+    opening = tl.load(gate + place, mask=inside).to(tl.float32)
+    opening = (opening / (1.0 + tl.exp(-opening))).to(dtype).to(tl.float32)
+    held = tl.load(content + place, mask=inside).to(tl.float32)
+    if scale != 1.0:
+        held = (held * scale).to(dtype).to(tl.float32)
+    tl.store(result + place, (opening * held).to(dtype), mask=inside)

@@ -1,0 +1,90 @@
+"""Whether fused kernels are used, and what happens where they cannot be.
+
+On CUDA they are, unless `ZIMAGE_KERNELS=off` is set or code runs within `using("off")`. Where Triton is missing or a
+launch fails, a warning says why and torch computes from then on; memory that runs out is no such failure. Nothing here
+imports Triton before the first use. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RequestError, ZImageWarning
+from ..memory.ladder import is_out_of_memory
+
+VARIABLE = "ZIMAGE_KERNELS"
+"""Environment variable that holds one of `MODES`; read once."""
+MODES = ("auto", "off", "on")
+"""On CUDA where they work; never; always, and what fails is raised (on a CPU, Triton's interpreter can run them)."""
+
+
+def _checked(mode: str, name: str) -> str:
+    if mode not in MODES:
+        raise RequestError(f"{name} must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+_default = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+_mode = ContextVar("mode", default=_default)
+_failures: list[str] = []
+"""Why kernels are not used any more in this process; at most one."""
+_guard = threading.Lock()
+
+
+@contextmanager
+def using(mode: str) -> Iterator[None]:
+    """Within it, on this thread, kernels are used as one of `MODES` says, whatever the environment does."""
+    token = _mode.set(_checked(mode, "the mode of the kernels"))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def wanted(tensor: Tensor) -> bool:
+    """Whether to ask `run` at all; cheap. A compiler fuses the plain expression by itself."""
+    return not torch.compiler.is_compiling() and (tensor.is_cuda or _mode.get() == "on")
+
+
+def run(name: str, *args: Any) -> Any:
+    """What the kernel `name` of `fused` gives, or `None` where the plain expression has to be taken."""
+    mode = _mode.get()
+    if mode == "off" or (_failures and mode != "on") or not all(map(_is_plain, args)):
+        return None
+    try:
+        return getattr(import_module(f"{__package__}.fused"), name)(*args)
+    except Exception as error:
+        if mode == "on" or is_out_of_memory(error):
+            raise
+        _give_up(f"{type(error).__name__}: {error}".splitlines()[0])
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a kernel may read it: no tensor of another kind, such as a compiler's, and none that wants gradients."""
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) in (Tensor, nn.Parameter) and not (torch.is_grad_enabled() and value.requires_grad)
+
+
+def _give_up(reason: str) -> None:
+    with _guard:
+        if _failures:
+            return
+        _failures.append(reason)
+    warnings.warn(
+        f"fused kernels cannot be used here, torch computes without them: {reason} "
+        f"(pip install triton, and a C compiler; {VARIABLE}=off says that this is meant)",
+        ZImageWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,175 @@
+"""Fused kernels on CUDA: the plain expressions' numbers at the released widths, the same bits each time, no waiting.
+
+tests/kernels has the same comparisons at small sizes and for every shape; where there is a device it uses that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from zimage import ZImagePipeline
+from zimage.kernels import fused
+from zimage.kernels.switch import using
+from zimage.models import layers
+from zimage.models.transformer import ZImageTransformer
+from zimage.testing import build_checkpoint
+
+pytestmark = pytest.mark.gpu
+DTYPES = ["float32", "bfloat16", "float16"]
+TOKENS, DIM, HEADS, HIDDEN = 4096 + 128, 3840, 30, 10240
+"""A picture of 1024² and its caption in the released models."""
+Calls = dict[str, Callable[[], Any]]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("gpu") / "small", size="small", variant="base")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched."""
+    names: list[str] = []
+    launch = fused._launch
+
+    def note(kernel: Any, *args: Any, **constants: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(fused, "_launch", note)
+    return names
+
+
+def calls(dtype: torch.dtype) -> Calls:
+    """What a block does between its matrix products, at the released widths; each may be called again."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def noise(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(of)
+
+    def norm(width: int) -> RMSNorm:
+        layer = RMSNorm(width, eps=1e-5)
+        layer.weight = nn.Parameter(noise(width), requires_grad=False)
+        return layer
+
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    tokens, update = noise(1, TOKENS, DIM, of=wide), noise(1, TOKENS, DIM, of=wide)
+    factors, norms = (noise(1, 1, DIM), noise(1, 1, DIM)), (norm(DIM), norm(DIM))
+    heads, head_norms = noise(1, TOKENS, 3, HEADS, DIM // HEADS), (norm(DIM // HEADS), norm(DIM // HEADS))
+    angles = 3.0 * noise(1, TOKENS, DIM // HEADS // 2, of=torch.float32)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    opening, content = noise(1, TOKENS, HIDDEN), noise(1, TOKENS, HIDDEN)
+    scale = 2.0**-8 if dtype == torch.float16 else 1.0
+    query, key = heads[:, :, 0], heads[:, :, 1]
+    return {
+        "normalize": lambda: layers.normalize(norms[0], tokens, factors[0]),
+        "add": lambda: layers.add_normalized(tokens, norms[0], update, factors[0]),
+        "add and normalize": lambda: layers.add_then_normalize(
+            tokens, norms[0], update, factors[0], norms[1], factors[1]
+        ),
+        "rotate": lambda: layers.rotate_normalized(*head_norms, query, key, rotations),
+        "gate": lambda: layers.gate(Gives(opening), Gives(content), tokens, scale),
+    }
+
+
+class Gives(nn.Module):
+    """A layer that gives a copy of what it holds, as a linear layer gives a tensor of its own."""
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.held.clone()
+
+
+def results(call: Callable[[], Any]) -> tuple[Tensor, ...]:
+    result = call()
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", ["normalize", "add", "add and normalize", "rotate", "gate"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name: str) -> None:
+    kind: torch.dtype = getattr(torch, dtype)
+    call = calls(kind)[name]
+    with using("off"):
+        expected = results(call)
+    assert launches == []
+    with using("on"):
+        first, second = results(call), results(call)
+    assert len(launches) == 2
+    for value, again, reference in zip(first, second, expected, strict=True):
+        assert torch.equal(value, again)
+        assert value.dtype == reference.dtype
+        assert torch.cosine_similarity(value.double().flatten(), reference.double().flatten(), dim=0).item() >= 0.99999
+        difference = (value.double() - reference.double()).norm() / reference.double().norm()
+        assert difference.item() <= (1e-6 if kind == torch.float32 else torch.finfo(kind).eps / 4)
+
+
+def forward(transformer: ZImageTransformer) -> Callable[[], Tensor]:
+    """A picture of 512² with a caption; what is made once a picture is made."""
+    generator = torch.Generator().manual_seed(0)
+    features, latents = (torch.randn(*shape, generator=generator).cuda() for shape in ((20, 512), (1, 16, 64, 64)))
+    caption = transformer.encode_caption(features)
+    grid = transformer.grid(64, 64, caption.length)
+    (modulation,) = transformer.modulations(torch.tensor([0.3], device="cuda"))
+    return lambda: transformer.denoise(latents, caption, grid, modulation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_forward_with_and_without(folder: Path, launches: list[str], dtype: str) -> None:
+    """By itself a pipeline on CUDA has them."""
+    transformer = ZImagePipeline.from_pretrained(folder, device="cuda", dtype=dtype).transformer
+    with using("off"):
+        expected = forward(transformer)().float().flatten()
+    assert launches == []
+    result = forward(transformer)().float().flatten()
+    blocks = len(transformer.context_refiner) + len(transformer.noise_refiner) + len(transformer.layers)
+    assert len(launches) == 5 * blocks
+    assert torch.cosine_similarity(result, expected, dim=0).item() >= 0.9999
+
+
+def test_kernels_never_wait_for_the_device(folder: Path) -> None:
+    step = forward(ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16").transformer)
+    with using("on"):
+        step()
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(3):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_size_compiles_nothing() -> None:
+    """Once a kernel has run, other numbers of tokens and batches need no compiler."""
+    from zimage.kernels.rows import add_rows
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in add_rows.device_caches.values())
+
+    def run(batch: int, tokens: int) -> None:
+        stream = torch.ones(batch, tokens, DIM, device="cuda")
+        fused.add_then_normalize(stream, stream, weight, factor, 1e-5, weight, factor, 1e-5)
+
+    weight, factor = torch.ones(DIM, device="cuda"), torch.ones(1, 1, DIM, device="cuda")
+    run(1, 96)
+    before = compiled()
+    for shape in ((1, 1), (1, 17), (1, TOKENS), (2, 64), (3, 65)):
+        run(*shape)
+    assert compiled() == before > 0

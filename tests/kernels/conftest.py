@@ -1,0 +1,42 @@
+"""Kernels run on a CUDA device where there is one, else in Triton's interpreter (see the conftest above).
+
+Without Triton there is nothing here to collect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 to bfloat16 rounds to the nearest, as on devices; Triton's interpreter cuts off."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(values, source, target, mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

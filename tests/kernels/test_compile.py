@@ -1,0 +1,82 @@
+"""Kernels compile for the devices they are meant for, as they are launched there; no device is needed for that.
+
+The interpreter does not see what the compiler refuses, nor that elements are read one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+COMPILE = """
+import os, sys
+os.environ.update(TRITON_INTERPRET="0", TRITON_CACHE_DIR=sys.argv[1])
+import json
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zimage.kernels import fused
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+launches = []
+fused._launch = lambda kernel, grid, *args, **constants: launches.append((kernel, grid, args, constants))
+
+
+def launch(dtype, tokens):
+    '''What a block of the released models launches; tensors without memory.'''
+    def make(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches.clear()
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    stream, weight, factor = make(1, tokens, 3840, dtype=wide), make(3840), make(1, 1, 3840)
+    heads, rotations = make(1, tokens, 3, 30, 128), make(1, tokens, 64, dtype=torch.complex64)
+    opening = make(1, tokens, 10240)
+    assert fused.normalize(stream, weight, factor, 1e-5) is not None
+    assert fused.add_normalized(stream, stream, weight, factor, 1e-5) is not None
+    assert fused.add_then_normalize(stream, stream, weight, factor, 1e-5, weight, factor, 1e-5) is not None
+    query, key, norm = heads[:, :, 0], heads[:, :, 1], make(128)
+    assert fused.rotate_normalized(query, key, norm, norm, rotations, 1e-5, 1e-5) is not None
+    assert fused.gate(opening, opening, 2.0**-8 if dtype == torch.float16 else 1.0, True) is opening
+    return list(launches)
+
+
+def compiled(kernel, args, constants, capability):
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
+    signature, aligned = {}, {}
+    for number, (parameter, value) in enumerate(zip(kernel.params, args)):
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned[number,] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            assert parameter.do_not_specialize, f"{kernel.__name__} would be compiled for each {parameter.name}"
+            signature[parameter.name] = "i32"
+        elif value is None:
+            constants[parameter.name] = None
+        else:
+            signature[parameter.name] = "fp32"
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+report = []
+for dtype, capability in ((torch.bfloat16, 90), (torch.float16, 75)):
+    kernels = launch(dtype, 4224)
+    assert [one[3] for one in kernels] == [one[3] for one in launch(dtype, 1056)]
+    for kernel, _, args, constants in kernels:
+        ptx = compiled(kernel, args, constants, capability)
+        report.append([kernel.__name__, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global")])
+print(json.dumps(report))
+"""
+
+
+def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[..., str], tmp_path: Path) -> None:
+    """Whatever the strides and the number of tokens, of which none has a kernel of its own."""
+    report = json.loads(run_python(COMPILE, tmp_path))
+    kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", "gate_elements"]
+    assert [name for name, *_ in report] == 2 * kernels
+    for name, loads, stores, all_stores in report:
+        assert loads >= 4, name
+        assert stores == all_stores >= 2, name
