@@ -85,10 +85,10 @@ def run(settings: Settings, *, progress: bool = False) -> Report:
     with closing(pipe), _bar(settings, progress) as bar:
         bench = prepare(settings, pipe, theirs)
         limits = measure_limits(pipe.dtype, pipe.device, _tokens(bench), pipe.transformer.config.dim)
-        works, stages = _works(bench), []
+        works, asked, stages = _works(bench), stage_flops(bench), []
         for name in settings.stages:
             runs, cosine = take_turns(bench, name, works[name], bar.update)
-            stages.append(_stage(bench, name, runs, cosine, limits.product_tflops))
+            stages.append(_stage(bench, name, runs, cosine, (asked[name] / 1e12, limits.product_tflops)))
         attention: dict[str, dict[str, int]] = {}
         if "denoise" in settings.stages:
             act = works["one step"](0)
@@ -186,8 +186,11 @@ def _works(bench: Bench) -> dict[str, Work]:
     }  # fmt: skip
 
 
-def _stage(bench: Bench, name: str, runs: Mapping[str, Runs], cosine: float | None, product: float) -> Stage:
-    tflop = stage_flops(bench)[name] / 1e12
+def _stage(
+    bench: Bench, name: str, runs: Mapping[str, Runs], cosine: float | None, scale: tuple[float, float]
+) -> Stage:
+    """`scale` is what the stage asks for, in TFLOP, and the matrix product's TFLOP/s."""
+    tflop, product = scale
     timings = {side: _timing(run, tflop, product) for side, run in runs.items()}
     ours, theirs = timings["zimage"], timings.get("diffusers")
     return Stage(

@@ -97,10 +97,15 @@ def save(report: Report, folder: Path) -> Path:
         model["dtype"], report.machine["name"], report.date,
     ]  # fmt: skip
     name = "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+    return write(report.to_dict(), folder, name)
+
+
+def write(content: object, folder: Path, name: str) -> Path:
+    """`content` as JSON in a file of `folder`, whole or not at all; a file of the same name is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = json.dumps(report.to_dict(), indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(content.encode()), overwrite=True)
+    data = (json.dumps(content, indent=2) + "\n").encode()
+    write_atomically(path, lambda file: file.write(data), overwrite=True)
     return path
 
 

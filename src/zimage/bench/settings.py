@@ -83,9 +83,9 @@ class Settings:
         asked = GenerationRequest(
             prompt(0, self.words),
             negative_prompt=negative_prompt(0) if variant.supports_guidance else None,
-            height=self.height or side,
-            width=self.width or side,
-            num_inference_steps=self.steps or steps,
+            height=side if self.height is None else self.height,
+            width=side if self.width is None else self.width,
+            num_inference_steps=steps if self.steps is None else self.steps,
             any_size=True,
         )
         asked.resolve(variant)
