@@ -101,6 +101,32 @@ def test_every_step_is_compared_from_the_same_latents() -> None:
         measure.step_cosine(bench)
 
 
+def test_diffusers_goes_on_from_where_zimage_is(turbo: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no step inherits the rounding of those before it."""
+    given: list[torch.Tensor] = []
+    handed: list[torch.Tensor] = []
+
+    def spy(kind: type, keep: Callable[[Any, Any], None]) -> None:
+        original: Any = kind.denoise  # type: ignore[attr-defined]
+
+        def denoise(side: Any, features: Any, noise: Any, steps: int, on_step: Any) -> Any:
+            def watched(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
+                before = tensors["latents"].clone()
+                answer = on_step(pipe, index, time, tensors)
+                keep(before, answer)
+                return answer
+
+            return original(side, features, noise, steps, watched)
+
+        monkeypatch.setattr(kind, "denoise", denoise)
+
+    spy(sides.ZImage, lambda before, answer: given.append(before))
+    spy(sides.Diffusers, lambda before, answer: handed.append(answer["latents"]))
+    measure.step_cosine(turbo)
+    assert len(given) == 2
+    assert all(torch.equal(*pair) for pair in zip(given, handed, strict=True))
+
+
 def test_rounding_may_add_up_only_with_guidance_in_half_precision(turbo: Bench, base: Bench) -> None:
     assert {measure._least_cosine(bench, stage) for bench in (turbo, base) for stage in STAGES} == {0.999}
     pipe: Any = SimpleNamespace(dtype=torch.bfloat16)

@@ -42,7 +42,7 @@ class Limits:
 
 def measure_limits(dtype: torch.dtype, device: torch.device, tokens: int, dim: int) -> Limits:
     """Time products of `tokens` tokens with a layer from `dim` to 4 · `dim`, and of two large square matrices."""
-    large = LARGE[device.type]
+    large = LARGE.get(device.type, LARGE["cpu"])
     shapes = {f"{tokens}x{dim}x{4 * dim}": (tokens, dim, 4 * dim), f"{large}x{large}x{large}": (large,) * 3}
     products = {}
     for name, (rows, inner, columns) in shapes.items():
@@ -51,7 +51,7 @@ def measure_limits(dtype: torch.dtype, device: torch.device, tokens: int, dim: i
         out = torch.empty(rows, columns, device=device, dtype=dtype)
         seconds = median_time(partial(torch.mm, left, right, out=out), device)
         products[name] = 2 * rows * inner * columns / seconds / 1e12
-    size = COPY_BYTES[device.type]
+    size = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = median_time(lambda: target.copy_(source), device)
