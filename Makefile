@@ -37,6 +37,10 @@ gpu: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results
 	$(BIN)/python benchmarks/memory.py --output benchmarks/results
 	$(BIN)/python benchmarks/against_diffusers.py --device cuda --output benchmarks/results
+	for side in 1024 512 256; do \
+		$(BIN)/zimage bench --size real --device cuda --height $$side --width $$side --output benchmarks/results || exit 1; \
+	done
+	$(BIN)/zimage bench --size real --variant base --steps 4 --device cuda --output benchmarks/results
 
 clean:
 	rm -rf $(VENV) demo-output build dist .coverage* .mypy_cache .pytest_cache .ruff_cache

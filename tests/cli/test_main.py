@@ -16,7 +16,8 @@ HEAVY = {"torch", "numpy", "diffusers", "transformers", "PIL", "tqdm", "huggingf
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["replay", "--help"], ["variants"], ["--version"]]
+    "arguments",
+    [["--help"], ["generate", "--help"], ["replay", "--help"], ["bench", "--help"], ["variants"], ["--version"]],
 )
 def test_telling_about_itself_loads_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "zimage", *arguments]

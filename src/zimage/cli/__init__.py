@@ -17,6 +17,7 @@ import typer
 
 from .._version import __version__
 from ..errors import Cancelled, RequestError, ZImageError, ZImageWarning
+from .bench import bench
 from .checkpoints import inspect, variants
 from .generate import generate
 from .options import State
@@ -33,6 +34,7 @@ app.command()(replay)
 app.command()(variants)
 app.command()(inspect)
 app.command()(plan)
+app.command()(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 traceback.print_exc()
             print(f"zimage: {_one_line(_message(error, state))}", file=sys.stderr)
             code = _exit_code(error)
-    gc.freeze()  # the process ends: looking through torch's million objects for garbage would take half a second
+    if "triton" not in sys.modules:  # which lists on stderr all that was not collected
+        gc.freeze()  # the process ends: looking through torch's million objects for garbage would take half a second
     sys.exit(code)
 
 

@@ -1,24 +1,26 @@
 """Random-weight Z-Image checkpoints in the exact layout of the hub, for this project's tests and for those of apps.
 
-Offers `build_checkpoint` and `checkpoint_parameters`; importing it loads no torch, calling them does. Knows nothing
-of pipelines: what it writes is read by diffusers, transformers and zimage alike.
+Offers `build_checkpoint`, `checkpoint_parameters`, and `build_diffusers`, which has the same models in memory instead;
+importing it loads no torch, calling them does. What it writes is read by diffusers, transformers and zimage alike.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import build_checkpoint, checkpoint_parameters
+    from .memory import build_diffusers
 
-__all__ = ["build_checkpoint", "checkpoint_parameters"]
+_HOMES = {"build_checkpoint": "checkpoint", "build_diffusers": "memory", "checkpoint_parameters": "checkpoint"}
+
+__all__ = ["build_checkpoint", "build_diffusers", "checkpoint_parameters"]
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        from . import checkpoint
-
-        return getattr(checkpoint, name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -91,8 +91,8 @@ def laws(component: str, size: Size, *, large: bool = False) -> tuple[Law, ...]:
     return _text_encoder_laws(size) if component == "text_encoder" else _VAE_LAWS
 
 
-def tensor_shapes(component: str, config: Config) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors of a component (`transformer`, `text_encoder`, `vae`), in the model's order."""
+def blank_module(component: str, config: Config) -> Any:
+    """The diffusers or transformers module of a component (`transformer`, `text_encoder`, `vae`), without memory."""
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -100,10 +100,13 @@ def tensor_shapes(component: str, config: Config) -> dict[str, torch.Size]:
     classes: dict[str, Any] = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
     with torch.device("meta"):
         if component == "text_encoder":
-            model: torch.nn.Module = Qwen3Model(Qwen3Config(**arguments))
-        else:
-            model = classes[component](**arguments)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+            return Qwen3Model(Qwen3Config(**arguments))
+        return classes[component](**arguments)
+
+
+def tensor_shapes(component: str, config: Config) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors of a component, in the model's order."""
+    return {name: tensor.shape for name, tensor in blank_module(component, config).state_dict().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
