@@ -4,7 +4,7 @@ Every setting draws the same captions from the same seeds, in turn. Closeness is
 the recipe with every step evaluated, relative root mean square; what the demo draws is read by the judge. Checkpoints
 other than the demo have random weights, so only closeness is said of them.
 
-    python benchmarks/caching.py [--models demo,small] [--count 60] [--output benchmarks/results]
+    python benchmarks/caching.py [--models demo,tiny] [--count 60] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SENTENCES = ("a red fox in the snow", "an old house by the sea at night", "a bow
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="demo,small")
+    parser.add_argument("--models", default="demo,tiny")
     parser.add_argument("--count", type=int, default=60, help="captions of each kind for the demo")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)

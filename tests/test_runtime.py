@@ -33,6 +33,7 @@ def test_a_runtime_is_described_in_texts(monkeypatch: pytest.MonkeyPatch) -> Non
         "device": "cpu",
         "threads": str(torch.get_num_threads()),
         "weights": "full",
+        "attention": "native",
         "decode": "whole",
     }
     other = describe(torch.device("cpu"), torch.bfloat16, 2, "int8")

@@ -26,6 +26,7 @@ from .memory.ladder import with_less
 from .memory.plan import Plan, parse_memory
 from .memory.planner import EXACT, Planning, check_weights, follow, plan_model
 from .memory.sizes import ModelSizes
+from .models import attention
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
 from .models.text_encoder import TextEncoder, without_last_layer
@@ -37,6 +38,8 @@ from .variants import detect_variant
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_CAPTION_TOKENS = 128
+"""Of a prompt of some length, beside which attention is measured."""
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
 
 
@@ -200,6 +203,26 @@ class Parts(Placed):
                 cast(module, dtype=precision, device=place)
             self.text_encoder.forget()
         return self
+
+    def set_attention_backend(self, backend: str = "auto") -> None:
+        """Run attention with a backend of diffusers; pictures differ by its rounding, and their recipes name it.
+
+        Args:
+            backend: "auto" is FlashAttention-3 where it is installed on a card that it was made for, and torch's choice
+                elsewhere. "fastest" measures the exact ones at the model's own size of picture. Or one by name, such as
+                "_native_cudnn", "flash" or "sage", which rounds queries and keys to 8 bits.
+
+        Raises `RequestError` for one that there is not, that downloads code, or that does not work here.
+        """
+        config, limits = self.transformer.config, self.limits
+        with self._turn:
+            if backend == attention.AUTO:
+                self.transformer.__dict__.pop("attend", None)
+                return
+            tokens = (limits.native_side // limits.size_multiple) ** 2 + _CAPTION_TOKENS
+            sizes = tokens, config.n_heads, config.dim // config.n_heads
+            name = attention.choose(backend, *sizes, self.device, self.dtype)
+            self.transformer.attend = attention.attend_with(name)
 
     @property
     def limits(self) -> Limits:

@@ -23,6 +23,7 @@ from .memory.ladder import Attempt, is_out_of_memory, release, with_less
 from .memory.plan import Plan
 from .memory.planner import SLOTS, everything_resident, fit_picture, follow, lower, require_fit
 from .memory.residency import Residency
+from .models import attention
 from .models.autoencoder import Autoencoder
 from .models.text_encoder import TextEncoder
 from .models.transformer import ZImageTransformer
@@ -55,10 +56,11 @@ class Placed:
 
         `None` for parts that were handed in, until memory runs out or an `enable_` method plans.
         """
-        if self._plan is None or self._held_before is None:
-            return self._plan
-        peak = peak_memory(self.device)
-        return self._plan if peak is None else replace(self._plan, measured=max(0, peak - self._held_before))
+        if self._plan is None:
+            return None
+        plan = replace(self._plan, attention=self.attention_backend)
+        peak = None if self._held_before is None else peak_memory(self.device)
+        return plan if peak is None else replace(plan, measured=max(0, peak - (self._held_before or 0)))
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +78,11 @@ class Placed:
         if self._plan is None or self._plan.placement.weights:
             return self._plan.placement.weights if self._plan else None
         return "gguf" if self._plan.sizes.packed else None
+
+    @property
+    def attention_backend(self) -> str:
+        """What attention runs with, by diffusers' names; "native" is torch's own choice among its kernels."""
+        return attention.name_of(self.transformer, self.device, self.dtype)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
         """Let the text encoder pass through the device, layer by layer, for each new prompt; the transformer stays.

@@ -144,7 +144,7 @@ class Plan:
 
     `stepped_down` says for each time that memory ran out all the same what is done since; `measured` is the most that
     the device held since the process began, in bytes, less what it held before the model was loaded, where that is
-    known.
+    known. `attention` is the backend that attention runs with, where a pipeline has been made.
     """
 
     placement: Placement
@@ -155,6 +155,7 @@ class Plan:
     rejected: tuple[Rejected, ...] = ()
     stepped_down: tuple[str, ...] = ()
     measured: int | None = None
+    attention: str = ""
 
     @property
     def device_peak(self) -> int:
@@ -177,6 +178,7 @@ class Plan:
         lines += [f"  {stage.name}: {gib(stage.device)} on the device, {gib(stage.host)} on the host"
                   for stage in self.stages]  # fmt: skip
         lines += [] if self.measured is None else [f"  measured until now: at most {gib(self.measured)} on the device"]
+        lines += [f"  attention: {self.attention}"] if self.attention else []
         lines += [f"  {sentence}" for sentence in self.stepped_down]
         return "\n".join(lines)
 

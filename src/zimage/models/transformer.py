@@ -15,10 +15,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
+from .attention import attend
 from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized
 from .precision import overflow_scale, residual_dtype
 from .rope import axis_rotations
@@ -78,7 +78,7 @@ class Modulation:
 class ZImageTransformer(ZImageTransformer2DModel):
     """diffusers' transformer with the same weights and `forward`, and a faster way to run it (see the module)."""
 
-    attend: Callable[..., Tensor] = staticmethod(dispatch_attention_fn)
+    attend: Callable[..., Tensor] = staticmethod(attend)
     """Attention of queries, keys and values (B, N, heads, head_dim); an instance may have its own."""
     hold: Callable[[nn.Module], AbstractContextManager[None]] = staticmethod(lambda block: nullcontext())
     """Within it a block has its weights on the device; an instance whose blocks come and go has its own."""

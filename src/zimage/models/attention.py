@@ -1,0 +1,139 @@
+"""Which kernel attention runs with: what was asked for, else FlashAttention-3 where it is, else what torch picks.
+
+The kernels are diffusers' attention backends, by its names. None that rounds queries or keys is ever chosen here, and
+none that downloads code can be. Knows no blocks and no weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+from ..errors import RequestError
+
+AUTO, FASTEST = "auto", "fastest"
+EXACT = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3")
+"""Those that compute softmax attention in the type they are given; "fastest" measures these."""
+GAIN = 0.98
+"""Another is taken for "native" if it needs less than this part of its time: differences below are noise."""
+_HOPPER = (9, 0)
+_ROUNDS = 7
+_TRIAL_TOKENS = 64
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None, chosen: AttentionBackendName | None = None
+) -> Tensor:
+    """Attention of queries, keys and values (B, N, heads, head_dim), with the backend `chosen`, else the processor's.
+
+    float32, which an overflow can bring about in the middle of a picture, goes to torch where the chosen one is not
+    torch's: none of the others takes it.
+    """
+    backend = chosen or backend or _automatic(query.device, query.dtype)
+    if query.dtype == torch.float32 and backend is not None and "native" not in AttentionBackendName(backend).value:
+        backend = AttentionBackendName.NATIVE
+    result: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
+    return result
+
+
+def attend_with(name: str) -> Callable[..., Tensor]:
+    """`attend` with the backend of this name."""
+    return partial(attend, chosen=AttentionBackendName(name))
+
+
+def name_of(transformer: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `transformer` computes with on `device` in `dtype`; "native" is torch's choice, "own" that of
+    whoever put another function in its place."""
+    given = vars(transformer).get("attend")
+    if given is not None and not isinstance(given, partial):
+        return "own"
+    processor = next((block.attention.processor for block in transformer.layers), None)
+    backend = given.keywords["chosen"] if given is not None else getattr(processor, "_attention_backend", None)
+    backend = backend or _automatic(device, dtype) or attention_dispatch._AttentionBackendRegistry._active_backend
+    return str(AttentionBackendName(backend).value)
+
+
+def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that `backend` means here; "fastest" measures with so many tokens.
+
+    Raises `RequestError` for one that there is not, that downloads code or that does not work here.
+    """
+    if backend == FASTEST:
+        return _fastest(_inputs(tokens, heads, head_dim, device, dtype))
+    names = [known.value for known in AttentionBackendName if not known.value.endswith("_hub")]
+    if isinstance(backend, str) and backend.endswith("_hub"):
+        raise RequestError(
+            f"attention backend {backend!r} runs code that it downloads, which zimage does not; install its package "
+            f"and use the backend of that ({', '.join(names)})"
+        )
+    if backend not in names:
+        raise RequestError(f"attention backend must be auto, fastest, {', '.join(names)}; got {backend!r}")
+    trial = _inputs(_TRIAL_TOKENS, heads, head_dim, device, dtype)
+    try:
+        result = _with(backend, trial)()
+        good = torch.nn.functional.cosine_similarity(result.flatten().float(), _exact(trial), dim=0).item() > GAIN
+        reason = "its result is wrong"
+    except Exception as error:  # whatever a library has to say about its absence, the device or the type
+        good, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
+    if not good:
+        raise RequestError(f"attention backend {backend!r} does not work on {device} in {dtype}: {reason}")
+    return backend
+
+
+@cache
+def _automatic(device: torch.device, dtype: torch.dtype) -> AttentionBackendName | None:
+    """FlashAttention-3 on the cards that it was written for, where it is installed; `None` leaves it to torch."""
+    is_there = getattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", False) and device.type == "cuda"
+    if is_there and dtype != torch.float32 and torch.cuda.get_device_capability(device) == _HOPPER:
+        return AttentionBackendName._FLASH_3
+    return None
+
+
+def _fastest(inputs: tuple[Tensor, Tensor, Tensor]) -> str:
+    times: dict[str, float] = {}
+    for name in EXACT:
+        try:
+            times[name] = _median(_with(name, inputs), inputs[0].device)
+        except Exception:  # not installed, or not for this device or type
+            continue
+    best = min(times, key=lambda name: times[name])
+    return best if times[best] < GAIN * times["native"] else "native"
+
+
+def _median(work: Callable[[], Tensor], device: torch.device) -> float:
+    taken = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _with(name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    return partial(dispatch_attention_fn, *inputs, backend=AttentionBackendName(name))
+
+
+def _inputs(
+    tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, tokens, heads, head_dim)
+    query, key, value = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    return query, key, value
+
+
+def _exact(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Written out, in float32."""
+    query, key, value = (tensor.float().transpose(1, 2) for tensor in inputs)  # (1, heads, N, head_dim)
+    scores = torch.softmax(query @ key.transpose(2, 3) * query.shape[-1] ** -0.5, dim=-1)
+    return (scores @ value).transpose(1, 2).flatten()
