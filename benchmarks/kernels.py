@@ -28,6 +28,8 @@ from zimage.models import layers
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
 
 DIM, HEADS, HIDDEN = 3840, 30, 10240
+PICTURE = (128, 1024, 1024)
+"""Channels, height and width of the image decoder's finest level; the kernel reads it twice."""
 WARM_UP = 5
 FLOOD = 1 << 30
 """Bytes that are written between two calls: more than any cache holds."""
@@ -84,7 +86,10 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     apart = [packed[:, :, number].contiguous() for number in range(2)]
     opening, content = Gives(noise(1, tokens, HIDDEN, dtype=dtype)), Gives(noise(1, tokens, HIDDEN, dtype=dtype))
     row, item = tokens * DIM, dtype.itemsize
+    picture = noise(1, *PICTURE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    groups = nn.GroupNorm(32, PICTURE[0], device="cuda", dtype=dtype)
     return {
+        "activate groups": (lambda: layers.activate(groups, picture), picture.numel() * 3 * item),
         "normalize": (lambda: layers.normalize(norms[0], stream, factors[0]), row * (wide.itemsize + item)),
         "add": (lambda: layers.add_normalized(stream, norms[0], update, factors[0]), row * 3 * wide.itemsize),
         "add, normalize": (

@@ -74,7 +74,10 @@ def calls(dtype: torch.dtype) -> Calls:
     opening, content = noise(1, TOKENS, HIDDEN), noise(1, TOKENS, HIDDEN)
     scale = 2.0**-8 if dtype == torch.float16 else 1.0
     query, key = heads[:, :, 0], heads[:, :, 1]
+    groups = nn.GroupNorm(32, 128, device="cuda", dtype=dtype)
+    picture = (2.0 * noise(1, 128, 1024, 1024) + 1.0).contiguous(memory_format=torch.channels_last)
     return {
+        "activate groups": lambda: layers.activate(groups, picture),
         "normalize": lambda: layers.normalize(norms[0], tokens, factors[0]),
         "add": lambda: layers.add_normalized(tokens, norms[0], update, factors[0]),
         "add and normalize": lambda: layers.add_then_normalize(
@@ -101,9 +104,12 @@ def results(call: Callable[[], Any]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize("name", ["normalize", "add", "add and normalize", "rotate", "gate"])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("normalize", 1), ("add", 1), ("add and normalize", 1), ("rotate", 1), ("gate", 1), ("activate groups", 3)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name: str) -> None:
+def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name: str, count: int) -> None:
     kind: torch.dtype = getattr(torch, dtype)
     call = calls(kind)[name]
     with using("off"):
@@ -111,7 +117,7 @@ def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name:
     assert launches == []
     with using("on"):
         first, second = results(call), results(call)
-    assert len(launches) == 2
+    assert len(launches) == 2 * count
     for value, again, reference in zip(first, second, expected, strict=True):
         assert torch.equal(value, again)
         assert value.dtype == reference.dtype
@@ -141,6 +147,21 @@ def test_a_forward_with_and_without(folder: Path, launches: list[str], dtype: st
     blocks = len(transformer.context_refiner) + len(transformer.noise_refiner) + len(transformer.layers)
     assert len(launches) == 5 * blocks
     assert torch.cosine_similarity(result, expected, dim=0).item() >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decode_with_and_without(folder: Path, launches: list[str], dtype: str) -> None:
+    """The whole decoder stays in channels-last layout: every norm before an activation is fused."""
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype=dtype)
+    latents = torch.randn(1, 16, 64, 48, generator=torch.Generator().manual_seed(0)).cuda()
+    with using("off"):
+        expected = pipe.autoencoder.decode(latents).float()
+    assert launches == []
+    result = pipe.autoencoder.decode(latents).float()
+    decoder = pipe.autoencoder.vae.decoder
+    residuals = sum(len(block.resnets) for block in (decoder.mid_block, *decoder.up_blocks))
+    assert launches.count("activate_groups") == 2 * residuals + 1
+    assert torch.cosine_similarity(result.flatten(), expected.flatten(), dim=0).item() >= 0.9999
 
 
 def test_kernels_never_wait_for_the_device(folder: Path) -> None:

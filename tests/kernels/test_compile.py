@@ -38,6 +38,8 @@ def launch(dtype, tokens):
     assert fused.add_then_normalize(stream, stream, weight, factor, 1e-5, weight, factor, 1e-5) is not None
     query, key, norm = heads[:, :, 0], heads[:, :, 1], make(128)
     assert fused.rotate_normalized(query, key, norm, norm, rotations, 1e-5, 1e-5) is not None
+    picture, channels = make(1, 128, tokens, 1024).to(memory_format=torch.channels_last), make(128)
+    assert fused.activate_groups(picture, channels, channels, 32, 1e-6) is not None
     assert fused.gate(opening, opening, 2.0**-8 if dtype == torch.float16 else 1.0, True) is opening
     return list(launches)
 
@@ -75,8 +77,11 @@ print(json.dumps(report))
 def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[..., str], tmp_path: Path) -> None:
     """Whatever the strides and the number of tokens, of which none has a kernel of its own."""
     report = json.loads(run_python(COMPILE, tmp_path))
-    kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", "gate_elements"]
+    groups = ["gather_groups", "join_groups", "activate_groups"]
+    kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", *groups, "gate_elements"]
     assert [name for name, *_ in report] == 2 * kernels
-    for name, loads, stores, all_stores in report:
+    assert all(loads >= 2 for name, loads, *_ in report if name in ("gather_groups", "activate_groups"))
+    assert all(stores == all_stores for name, _, stores, all_stores in report if name == "activate_groups")
+    for name, loads, stores, all_stores in (one for one in report if one[0] not in groups):
         assert loads >= 4, name
         assert stores == all_stores >= 2, name

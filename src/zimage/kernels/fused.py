@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import rows
+from . import groups, rows
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096
 """Elements that a program has in its registers, 16 for each of its threads: one row of the released models' 3840."""
 WIDEST = 16384
 """Elements of the longest row that a program takes at once."""
+MOST_PARTS = 512
+"""Parts of a picture whose statistics are gathered side by side: a few for each processor of the largest cards."""
 MOST_BATCHES = 65535
 """The second axis of a launch ends there."""
 GATE_BLOCK = 2048
@@ -166,6 +168,39 @@ def gate(opening: Tensor, content: Tensor, scale: float, in_place: bool) -> Tens
     _launch(
         rows.gate_elements, (-(-length // GATE_BLOCK),), opening, content, result, length,
         scale=scale, is_whole=length % GATE_BLOCK == 0, block=GATE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+@_overridable
+def activate_groups(hidden: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float) -> Tensor | None:
+    """SiLU of the group norm of `hidden` (B, C, H, W), channels last, in `count` groups."""
+    if hidden.ndim != 4 or not hidden.numel() or not hidden.is_contiguous(memory_format=torch.channels_last):
+        return None
+    batch, channels, height, width = hidden.shape
+    if channels != _power_of_two(channels) or channels > TILE or channels % count or batch > MOST_BATCHES:
+        return None
+    if any(one.shape != (channels,) or not _fit(one, channels) for one in (weight, bias)):
+        return None
+    if hidden.dtype not in TYPES or len({hidden.device, weight.device, bias.device}) > 1:
+        return None
+    pixels, size, tile = height * width, channels // count, TILE // channels
+    tiles = -(-pixels // (tile * MOST_PARTS))
+    parts = -(-pixels // (tile * tiles))
+    means, squares = torch.empty(2, batch, parts, count, device=hidden.device).unbind()
+    scales, shifts = torch.empty(2, batch, channels, device=hidden.device).unbind()
+    result = torch.empty_like(hidden)
+    _launch(
+        groups.gather_groups, (parts, batch), hidden, means, squares, pixels, tiles,
+        groups=count, size=size, rows=tile, num_warps=8,
+    )  # fmt: skip
+    _launch(
+        groups.join_groups, (batch,), means, squares, weight, bias, scales, shifts, pixels, parts, tile * tiles, eps,
+        groups=count, size=size, most=_power_of_two(parts), num_warps=8,
+    )  # fmt: skip
+    _launch(
+        groups.activate_groups, (-(-pixels // tile), batch), hidden, scales, shifts, result, pixels,
+        channels=channels, rows=tile, num_warps=8,
     )  # fmt: skip
     return result
 

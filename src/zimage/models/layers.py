@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers.models.normalization import RMSNorm
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.switch import run, wanted
 from .rope import rotate
@@ -107,7 +107,11 @@ def gate(opening: Any, content: Any, hidden: Tensor, scale: float = 1.0) -> Tens
 
 
 def activate(module: Any, hidden: Tensor) -> Tensor:
-    """`silu(module(hidden))`."""
+    """`silu(module(hidden))`; of a group norm, fused where that applies."""
+    if type(module) is nn.GroupNorm and wanted(hidden) and module.affine and is_bare(module):
+        fused: Tensor | None = run("activate_groups", hidden, module.weight, module.bias, module.num_groups, module.eps)
+        if fused is not None:
+            return fused
     result = module(hidden)
     return F.silu(result, inplace=is_bare(module) and result is not hidden)
 
