@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from threading import Event
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -139,26 +139,25 @@ def _draw(
     embed_recipe: bool,
 ) -> None:
     """Draw one picture after the other and write each when it is done, beside the next, so that Ctrl-C loses one."""
-    progress, written = shows_progress(quiet), 0
+    progress, writing = shows_progress(quiet), list[Future[None]]()
     write = partial(_write, pipe, targets, json=json, quiet=quiet)
     with cancel_on_interrupt() as cancel, ThreadPoolExecutor(1, thread_name_prefix="zimage-files") as thread:
         if not quiet:
             announce(pipe, requests)
         drawing = pipe.generate_many(requests, cancel=cancel, progress=progress, embed_recipe=embed_recipe)
-        writing: Future[None] | None = None
         start = perf_counter()
         try:
             with closing(drawing):
                 for drawn in drawing:
                     seconds, start = perf_counter() - start, perf_counter()
-                    written += _is_written(writing)
-                    writing = thread.submit(write, drawn, seconds)
-                    writing.add_done_callback(partial(_stop_if_failed, cancel))
-            _is_written(writing)
+                    _wait(writing)
+                    writing.append(thread.submit(write, drawn, seconds))
+                    writing[-1].add_done_callback(partial(_stop_if_failed, cancel))
+            _wait(writing)
         except (Cancelled, KeyboardInterrupt):
-            written += _is_written(writing)
-            pictures = f"{written} of {len(requests)} pictures" if written else "nothing"
-            raise Cancelled(f"cancelled, {pictures} written") from None
+            _wait(writing)
+            written = f"{len(writing)} of {len(requests)} pictures" if writing else "nothing"
+            raise Cancelled(f"cancelled, {written} written") from None
 
 
 def _write(pipe: ZImagePipeline, targets: Targets, drawn: Drawn, seconds: float, *, json: bool, quiet: bool) -> None:
@@ -173,9 +172,10 @@ def _write(pipe: ZImagePipeline, targets: Targets, drawn: Drawn, seconds: float,
         print(file, flush=True)
 
 
-def _is_written(writing: Future[None] | None) -> bool:
-    """Whether there was a picture to write, once it is written; raises what went wrong with it."""
-    return writing is not None and writing.result() is None
+def _wait(writing: Sequence[Future[None]]) -> None:
+    """Until all is written that was begun; raises what went wrong."""
+    if writing:
+        writing[-1].result()  # those before it are done
 
 
 def _stop_if_failed(cancel: Event, writing: Future[None]) -> None:
