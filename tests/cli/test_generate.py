@@ -358,6 +358,6 @@ def test_a_file_that_cannot_be_written_ends_the_drawing(
 
     monkeypatch.setattr(Targets, "save", full)
     ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", "-n", "50", *SMALL, "-q")
-    assert (ended.code, ended.out, ended.err) == (1, "zimage-7.png\n", "zimage: the disk is full\n")
+    assert (ended.code, ended.out, ended.err) == (2, "zimage-7.png\n", "zimage: the disk is full\n")
     assert asked == [0, 1]
     monkeypatch.undo()

@@ -378,17 +378,12 @@ PICTURE, LARGE = (1024, 1024, 512), (1536, 1536, 512)
 def test_what_fits_beside_the_steps_of_another_picture(stage: str, picture: tuple[int, int, int], need: int) -> None:
     """The weights once, what the stage needs, and the most that prompt and steps of the other need: to the byte."""
     plan = make_plan(RELEASED, Work(), card(80))
-    busiest = max(one.device for one in plan.stages if one.name != "decoding")
-    for current, most in ((PICTURE, busiest), ((256, 256, 512), None)):
-        if most is None:
-            stages = fit_picture(plan, *current)[0].stages
-            most = max(one.device for one in stages if one.name != "decoding")
-            assert most < busiest
-        # So that what is asked here is not whether the stage fits alone.
-        least = max(most + need, fit_picture(plan, *picture)[0].device_peak, fit_picture(plan, *current)[0].device_peak)
-        for room in (0, 1):
-            budget = replace(plan.budget, device=least - room)
-            assert fits_beside(replace(plan, budget=budget), stage, picture, current) == (not room)
+    for current in (PICTURE, (256, 256, 512)):
+        stages = fit_picture(plan, *current)[0].stages
+        busiest = max(one.device for one in stages if one.name != "decoding")
+        for missing in (0, 1):
+            budget = replace(plan.budget, device=busiest + need - missing)
+            assert fits_beside(replace(plan, budget=budget), stage, picture, current) == (not missing)
 
 
 def test_a_text_encoder_that_passes_through_is_never_beside_steps() -> None:
