@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from .files.png import read_recipe
     from .files.recipe import Recipe
-    from .output import Replay, Step, ZImageOutput
+    from .output import Drawn, Replay, Step, ZImageOutput
     from .pipeline import ZImagePipeline
     from .request import GenerationRequest, ResolvedRequest
     from .variants import VARIANTS, Variant
@@ -41,6 +41,7 @@ _HOMES = {
     "AdapterError": "errors",
     "Cancelled": "errors",
     "CheckpointError": "errors",
+    "Drawn": "output",
     "GenerationRequest": "request",
     "MissingExtra": "errors",
     "NonFiniteError": "errors",
@@ -64,6 +65,7 @@ __all__ = [
     "AdapterError",
     "Cancelled",
     "CheckpointError",
+    "Drawn",
     "GenerationRequest",
     "MissingExtra",
     "NonFiniteError",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .callbacks import StepHook
 from .denoiser import Preparation
@@ -14,6 +14,8 @@ from .errors import Cancelled, RequestError, ZImageWarning
 from .models.text_encoder import TextEncoder, Tokens
 from .request import AnyRequest, GenerationRequest, ResolvedRequest, expand_requests, with_noise
 from .sampling.noise import generator_noise
+
+Result = TypeVar("Result")
 
 PICTURE_OPTIONS = frozenset(option.name for option in fields(GenerationRequest)) - {"prompt"}
 """The arguments of a call that say what a picture is."""
@@ -35,6 +37,8 @@ class Call:
     cancel: CancelToken | None = None
     hook: StepHook | None = None
     bar: Any = None
+    let_go: Callable[[], None] | None = None
+    """What is done before a step that ran out of memory is taken again."""
 
     def check_cancelled(self) -> None:
         """Raises `Cancelled` if the caller asked for it."""
@@ -82,14 +86,24 @@ def texts_of(request: ResolvedRequest) -> tuple[str, ...]:
 
 def tokenize(requests: Iterable[ResolvedRequest], encoder: TextEncoder) -> dict[tuple[str, int], Tokens]:
     """The tokens of every text of `requests`; warns of each that does not fit, showing what is cut."""
-    tokens = {}
-    for request in requests:
-        for text in texts_of(request):
-            key = (text, request.max_sequence_length)
-            if key not in tokens:
-                tokens[key] = encoder.tokenize(*key)
-                _warn_if_cut(tokens[key])
+    tokens = tokens_of(requests, encoder)
+    warn_if_cut(tokens)
     return tokens
+
+
+def tokens_of(requests: Iterable[ResolvedRequest], encoder: TextEncoder) -> dict[tuple[str, int], Tokens]:
+    """The same without a warning, for a thread whose warnings nobody expects."""
+    keys = ((text, request.max_sequence_length) for request in requests for text in texts_of(request))
+    return {key: encoder.tokenize(*key) for key in dict.fromkeys(keys)}
+
+
+def result_of(run: Generator[Any, None, Result]) -> Result:
+    """What a generator returns, once it has run to its end."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
 
 
 def progress_bar(requests: Sequence[ResolvedRequest], options: Mapping[str, Any]) -> Any:
@@ -101,12 +115,14 @@ def progress_bar(requests: Sequence[ResolvedRequest], options: Mapping[str, Any]
     return tqdm(**{"total": sum(request.num_inference_steps for request in requests), **options})
 
 
-def _warn_if_cut(tokens: Tokens) -> None:
-    if tokens.total > len(tokens.ids):
-        cut = repr(tokens.cut) if tokens.cut else "the end of the chat template"
-        warnings.warn(
-            f"the prompt has {tokens.total} tokens with its template, max_sequence_length is {len(tokens.ids)}; "
-            f"this is cut off: {cut}",
-            ZImageWarning,
-            stacklevel=4,
-        )
+def warn_if_cut(tokens: Mapping[tuple[str, int], Tokens]) -> None:
+    """Warns of each text that does not fit, where the caller's caller's caller is."""
+    for one in tokens.values():
+        if one.total > len(one.ids):
+            cut = repr(one.cut) if one.cut else "the end of the chat template"
+            warnings.warn(
+                f"the prompt has {one.total} tokens with its template, max_sequence_length is {len(one.ids)}; "
+                f"this is cut off: {cut}",
+                ZImageWarning,
+                stacklevel=4,
+            )

@@ -56,6 +56,19 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One picture of many: `index` counts them from 0, `request` makes it again.
+
+    `stepped_down` says for each time that memory ran out since the picture before what is done with less since.
+    """
+
+    index: int
+    image: Picture
+    request: ResolvedRequest
+    stepped_down: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Replay:
     """A picture made again: whether its pixels are the recorded ones, and what is not as it was then."""
 

@@ -1,14 +1,15 @@
 """`ZImagePipeline`, the facade: wires prompt, text encoder, transformer, sampler and autoencoder into pictures.
 
-The way of a picture is `_denoise` (encode, denoise) and `_finish` (decode, recipe); `__call__`, `stream` and `replay`
-are three ways to walk it. Rules about options are in `rules.py`, mathematics in `sampling`, weights in `models`,
-files in `checkpoint` and `files`. A call writes nothing on the object, so threads may share one: they take turns.
+The way of a picture is `_denoise` (encode, denoise) and `_finish` (decode, recipe); `__call__`, `stream`, `replay` and
+`generate_many` are ways to walk it. Rules about options are in `rules.py`, mathematics in `sampling`, weights in
+`models`, files in `checkpoint` and `files`. A call writes nothing on the object, so threads may share one: they take
+turns.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from . import runtime
 from .callbacks import StepCallback, StepHook
-from .calls import PICTURE_OPTIONS, Call, CancelToken, progress_bar, resolve_call, texts_of, tokenize
+from .calls import PICTURE_OPTIONS, Call, CancelToken, progress_bar, resolve_call, result_of, texts_of, tokenize
 from .denoiser import Conditioning, Preparation, denoising_steps
 from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
+from .many import Drawing
 from .models.autoencoder import to_image
-from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
+from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
 from .parts import Parts
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.noise import seeded_noise
@@ -119,7 +121,7 @@ class ZImagePipeline(Parts):
         with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
             call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)
             images = [
-                self._finish(request, _result(self._denoise(request, call)), output_type, embed_recipe)
+                self._finish(request, result_of(self._denoise(request, call)), output_type, embed_recipe)
                 for request in requests
             ]
         collected = collect(images, output_type)
@@ -136,6 +138,25 @@ class ZImagePipeline(Parts):
         self._fit(resolved)
         tokens = tokenize([resolved], self.text_encoder)
         return self._stream(resolved, Call(Preparation(self.transformer), tokens, cancel), embed_recipe)
+
+    def generate_many(
+        self,
+        requests: Iterable[AnyRequest | str],
+        *,
+        cancel: CancelToken | None = None,
+        progress: bool = True,
+        embed_recipe: bool = True,
+    ) -> Generator[Drawn, None, None]:
+        """Make many pictures, in order, each with the bits of `self(request)` and yielded when it is done.
+
+        On CUDA, where the plan has room, the next prompt is encoded and the last picture decoded beside the steps of
+        the one between. `requests` may be endless: it is read one ahead, before the last step of the picture before.
+        What is wrong with a request is raised at its turn, after the pictures before it; `close()` ends it.
+
+        Raises `RequestError` at once if `requests` is one request; all else, as a call does, while iterating.
+        """
+        options = self._bar_options if progress else {"disable": True}
+        return Drawing(self, requests, cancel=cancel, bar_options=options, embed_recipe=embed_recipe).pictures()
 
     def replay(
         self, picture: str | os.PathLike[str] | Recipe, *, cancel: CancelToken | None = None, progress: bool = False
@@ -176,10 +197,11 @@ class ZImagePipeline(Parts):
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
         with self._computing():
-            conditioning, latents = self._attempt("prompt", request)(
+            conditioning, latents = self._attempt("prompt", request, call.let_go)(
                 lambda: (self._condition(request, call), self._start(request))
             )
-        start = partial(denoising_steps, call.preparation, request, attempt=self._attempt("denoising", request))
+        attempt = self._attempt("denoising", request, call.let_go)
+        start = partial(denoising_steps, call.preparation, request, attempt=attempt)
         steps = start(conditioning, latents)
         replaced = None
         for _ in range(request.num_inference_steps):
@@ -224,8 +246,9 @@ class ZImagePipeline(Parts):
         decode = self._attempt("decoding", request)
         with self._computing():
             strips, pixels, image = decode(partial(self._decode, request, latents, output_type))
-        if image is None:
-            return pixels
+        return pixels if image is None else self._picture(request, strips, image, embed_recipe)
+
+    def _picture(self, request: ResolvedRequest, strips: int, image: Image.Image, embed_recipe: bool) -> Picture:
         return Picture.of(image, self.recipe(request, image, strips) if embed_recipe else None)
 
     def _decode(
@@ -250,11 +273,3 @@ class ZImagePipeline(Parts):
                 request=request,
                 image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
             )
-
-
-def _result(run: Generator[SamplerStep, None, Tensor]) -> Tensor:
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            return end.value

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from .errors import NotEnoughMemory, RequestError
 from .memory.budget import find_budget, peak_memory
 from .memory.ladder import Attempt, is_out_of_memory, release, with_less
 from .memory.plan import Plan
-from .memory.planner import SLOTS, everything_resident, fit_picture, follow, lower, require_fit
+from .memory.planner import SLOTS, everything_resident, fit_picture, fits_beside, follow, lower, require_fit
 from .memory.residency import Residency
 from .models import attention
 from .models.autoencoder import Autoencoder
@@ -191,9 +191,15 @@ class Placed:
         fitted, _ = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
         return max(self._least_strips, fitted.placement.strip_levels)
 
-    def _attempt(self, stage: str, request: ResolvedRequest) -> Attempt:
-        """Computes a stage ("prompt", "denoising", "decoding") of a picture; where memory runs out, again with less."""
-        return partial(with_less, step_down=partial(self._step_down, stage, request))
+    def _fits_beside(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
+        """Whether the plan has room for a stage of one picture beside the steps of another; no plan, no."""
+        sizes = [(one.height, one.width, one.max_sequence_length) for one in (request, current)]
+        return self._plan is not None and fits_beside(self._plan, stage, *sizes)
+
+    def _attempt(self, stage: str, request: ResolvedRequest, let_go: Callable[[], None] | None = None) -> Attempt:
+        """Computes a stage ("prompt", "denoising", "decoding") of a picture; where memory runs out, again with less,
+        after `let_go`."""
+        return partial(with_less, step_down=partial(self._step_down, stage, request), let_go=let_go)
 
     def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
         """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""

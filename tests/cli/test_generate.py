@@ -6,7 +6,9 @@ import signal
 import struct
 import subprocess
 import termios
+import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from torch import OutOfMemoryError, Tensor
 
 from zimage import ZImagePipeline, read_recipe
 from zimage.cli.running import cancel_on_interrupt, evaluations
+from zimage.cli.targets import Targets
+from zimage.files.atomic import FileError
 from zimage.files.recipe import pixel_digest
 from zimage.models.autoencoder import Autoencoder
+from zimage.models.transformer import ZImageTransformer
 from zimage.request import GenerationRequest
 from zimage.variants import BASE, TURBO
 
@@ -314,4 +319,45 @@ def test_memory_that_ran_out_is_told(
     ended = zimage("replay", "zimage-7.png", "-m", turbo)
     assert ended.code == 0, ended.err
     assert said in ended.err
+    monkeypatch.undo()
+
+
+def test_a_file_is_written_beside_the_steps_of_the_next_picture(
+    zimage: Callable[..., Any], turbo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file waits until the second picture is denoised; the last one has nothing to wait for."""
+    steps, second = count(1), threading.Event()
+    denoise, save = ZImageTransformer.denoise, Targets.save
+
+    def counted(*given: Any) -> Tensor:
+        if next(steps) == 3:
+            second.set()
+        return denoise(*given)
+
+    def waits(targets: Targets, picture: Any, index: int, seed: int) -> Path:
+        assert second.wait(timeout=60)
+        return save(targets, picture, index, seed)
+
+    monkeypatch.setattr(ZImageTransformer, "denoise", counted)
+    monkeypatch.setattr(Targets, "save", waits)
+    ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", "-n", "2", *SMALL)
+    assert (ended.code, ended.out) == (0, "zimage-7.png\nzimage-8.png\n")
+    monkeypatch.undo()
+
+
+def test_a_file_that_cannot_be_written_ends_the_drawing(
+    zimage: Callable[..., Any], turbo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, asked = Targets.save, list[int]()
+
+    def full(targets: Targets, picture: Any, index: int, seed: int) -> Path:
+        asked.append(index)
+        if index == 1:
+            raise FileError("the disk is full")
+        return save(targets, picture, index, seed)
+
+    monkeypatch.setattr(Targets, "save", full)
+    ended = zimage("generate", "a fox", "-m", turbo, "--seed", "7", "-n", "50", *SMALL, "-q")
+    assert (ended.code, ended.out, ended.err) == (2, "zimage-7.png\n", "zimage: the disk is full\n")
+    assert asked == [0, 1]
     monkeypatch.undo()

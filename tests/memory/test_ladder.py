@@ -362,3 +362,17 @@ def raising(error: Exception) -> Callable[[], Any]:
 
 def test_a_plan_is_data(folder: Path) -> None:
     assert replace(plan_of(load(folder)), measured=None, stepped_down=("x",)).to_dict()["stepped_down"] == ("x",)
+
+
+@pytest.mark.usefixtures("_no_collection")
+def test_what_is_let_go_of_comes_before_any_rung() -> None:
+    done: list[str] = []
+
+    def compute() -> str:
+        done.append("computed")
+        if done.count("computed") < 3:
+            raise MemoryError
+        return "made"
+
+    assert with_less(compute, lambda reason: done.append("stepped down"), lambda: done.append("let go")) == "made"
+    assert done == ["computed", "let go", "computed", "let go", "stepped down", "computed"]

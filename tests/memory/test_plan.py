@@ -22,7 +22,7 @@ from zimage.memory.plan import (
     Plan,
     parse_memory,
 )
-from zimage.memory.planner import fit_picture, lower, make_plan, plan_model, require_fit
+from zimage.memory.planner import fit_picture, fits_beside, lower, make_plan, plan_model, require_fit
 from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
 
 GIB = 2**30
@@ -361,3 +361,36 @@ def test_where_the_device_is_the_host_it_keeps_the_embedding() -> None:
     plan = make_plan(sizes, work, Budget(device=15 * GIB, host=None))
     weights = sizes.transformer + sizes.vae + sizes.text_rest + 2 * sizes.text_layers[0]
     assert plan.stages[0].device == 2 * weights + text_activations(sizes, work)
+
+
+PICTURE, LARGE = (1024, 1024, 512), (1536, 1536, 512)
+
+
+@pytest.mark.parametrize(
+    ("stage", "picture", "need"),
+    [
+        ("decoding", PICTURE, decode_activations(RELEASED, Work())),
+        ("decoding", LARGE, decode_activations(RELEASED, Work(height=1536, width=1536))),
+        ("prompt", PICTURE, text_activations(RELEASED, Work())),
+        ("prompt", (1024, 1024, 99), text_activations(RELEASED, Work(tokens=99))),
+    ],
+)
+def test_what_fits_beside_the_steps_of_another_picture(stage: str, picture: tuple[int, int, int], need: int) -> None:
+    """The weights once, what the stage needs, and the most that prompt and steps of the other need: to the byte."""
+    plan = make_plan(RELEASED, Work(), card(80))
+    for current in [PICTURE, *([(256, 256, 512)] if stage == "decoding" else [])]:
+        stages = fit_picture(plan, *current)[0].stages
+        busiest = max(one.device for one in stages if one.name != "decoding")
+        for missing in (0, 1):
+            budget = replace(plan.budget, device=busiest + need - missing)
+            assert fits_beside(replace(plan, budget=budget), stage, picture, current) == (not missing)
+
+
+def test_a_text_encoder_that_passes_through_is_never_beside_steps() -> None:
+    plan = make_plan(RELEASED, Work(), card(80), text_encoder="streamed")
+    assert not fits_beside(plan, "prompt", PICTURE, PICTURE)
+    assert fits_beside(plan, "decoding", PICTURE, PICTURE)
+    elsewhere = make_plan(RELEASED, Work(), card(80), text_encoder="cpu")
+    full = replace(elsewhere, budget=replace(elsewhere.budget, device=elsewhere.device_peak))
+    assert fits_beside(full, "prompt", PICTURE, PICTURE)
+    assert not fits_beside(full, "decoding", PICTURE, PICTURE)

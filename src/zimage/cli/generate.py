@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +42,7 @@ from .running import announce, cancel_on_interrupt, print_json, shows_progress, 
 from .targets import Targets, plan_targets
 
 if TYPE_CHECKING:
+    from .. import Drawn
     from ..pipeline import ZImagePipeline
 
 
@@ -133,27 +138,50 @@ def _draw(
     quiet: bool,
     embed_recipe: bool,
 ) -> None:
-    """Draw one picture after the other and write each when it is done, so that Ctrl-C loses one at most."""
-    progress = shows_progress(quiet)
-    with cancel_on_interrupt() as cancel:
+    """Draw one picture after the other and write each when it is done, beside the next, so that Ctrl-C loses one."""
+    progress, writing = shows_progress(quiet), list[Future[None]]()
+    write = partial(_write, pipe, targets, json=json, quiet=quiet)
+    with cancel_on_interrupt() as cancel, ThreadPoolExecutor(1, thread_name_prefix="zimage-files") as thread:
         if not quiet:
             announce(pipe, requests)
-        for index, request in enumerate(requests):
-            start = perf_counter()
-            try:
-                output: Any = pipe([request], cancel=cancel, progress=progress, embed_recipe=embed_recipe)
-                (image,) = output.images
-                seconds = perf_counter() - start
-                file = targets.save(image, index, request.seed)
-            except (Cancelled, KeyboardInterrupt):
-                written = f"{index} of {len(requests)} pictures" if index else "nothing"
-                raise Cancelled(f"cancelled, {written} written") from None
-            if not quiet:
-                tell(output.stepped_down)
-            if json:
-                print_json(image.recipe or pipe.recipe(request, image), file=str(file), seconds=seconds)
-            else:
-                print(file, flush=True)
+        drawing = pipe.generate_many(requests, cancel=cancel, progress=progress, embed_recipe=embed_recipe)
+        start = perf_counter()
+        try:
+            with closing(drawing):
+                for drawn in drawing:
+                    seconds, start = perf_counter() - start, perf_counter()
+                    _wait(writing)
+                    writing.append(thread.submit(write, drawn, seconds))
+                    writing[-1].add_done_callback(partial(_stop_if_failed, cancel))
+            _wait(writing)
+        except (Cancelled, KeyboardInterrupt):
+            _wait(writing)
+            written = f"{len(writing)} of {len(requests)} pictures" if writing else "nothing"
+            raise Cancelled(f"cancelled, {written} written") from None
+
+
+def _write(pipe: ZImagePipeline, targets: Targets, drawn: Drawn, seconds: float, *, json: bool, quiet: bool) -> None:
+    """Write one picture and say so; `seconds` have passed since the one before was drawn."""
+    file = targets.save(drawn.image, drawn.index, drawn.request.seed)
+    if not quiet:
+        tell(drawn.stepped_down)
+    if json:
+        recipe = drawn.image.recipe or pipe.recipe(drawn.request, drawn.image)
+        print_json(recipe, file=str(file), seconds=seconds)
+    else:
+        print(file, flush=True)
+
+
+def _wait(writing: Sequence[Future[None]]) -> None:
+    """Until all is written that was begun; raises what went wrong."""
+    if writing:
+        writing[-1].result()  # those before it are done
+
+
+def _stop_if_failed(cancel: Event, writing: Future[None]) -> None:
+    """Draw no more if a picture could not be written."""
+    if writing.exception() is not None:
+        cancel.set()
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -29,9 +29,11 @@ def once(compute: Callable[[], Value]) -> Value:
     return compute()
 
 
-def with_less(compute: Callable[[], Value], step_down: Callable[[str], Any]) -> Value:
+def with_less(
+    compute: Callable[[], Value], step_down: Callable[[str], Any], let_go: Callable[[], Any] | None = None
+) -> Value:
     """What `compute` gives. Where memory runs out it is computed again: first after letting go of all that nobody uses,
-    then after `step_down`, told how memory ran out, until that ends it by raising.
+    then after `step_down`, told how memory ran out, until that ends it by raising. `let_go` comes before either.
     """
     for tries in count():
         try:
@@ -40,6 +42,8 @@ def with_less(compute: Callable[[], Value], step_down: Callable[[str], Any]) -> 
             if not is_out_of_memory(error):
                 raise
             reason = str(error) or type(error).__name__
+        if let_go is not None:
+            let_go()
         release()
         if tries:
             step_down(reason.splitlines()[0])

@@ -41,14 +41,19 @@ def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement)
     rest += sizes.text_rest if not placement.text_waits or (budget.host is None and streams_text) else 0
     resident = int(layers) + rest * item
     kept = 0 if budget.host is None else _kept_on_host(sizes, work, placement)
+    needs = stage_needs(sizes, work, placement)
+    return tuple(Stage(name=name, device=resident + need, host=kept) for name, need in needs.items())
+
+
+def stage_needs(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str, int]:
+    """Bytes of the device that each stage needs beside the weights."""
     text_weight, block_weight = widened_weight(sizes, work)
     text = text_activations(sizes, work) + (text_weight if placement.weights else 0)
-    needs = {
+    return {
         "prompt": 0 if placement.text_encoder == "cpu" else text,
         "denoising": denoise_activations(sizes, work) + (block_weight if placement.weights or sizes.packed else 0),
         "decoding": decode_activations(sizes, work, placement.strip_levels),
     }
-    return tuple(Stage(name=name, device=resident + need, host=kept) for name, need in needs.items())
 
 
 class Layers(NamedTuple):

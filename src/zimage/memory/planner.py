@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..errors import NotEnoughMemory, RequestError
-from .peaks import layers_of, predict
+from .peaks import layers_of, predict, stage_needs
 from .plan import Budget, Placement, Plan, Rejected, Stage, gib
 from .sizes import STORED_BYTES, ModelSizes, Work
 
@@ -114,6 +114,21 @@ def require_fit(plan: Plan, height: int, width: int, tokens: int) -> None:
         raise NotEnoughMemory(
             f"{width}x{height} does not fit in {amount}: {reason}; choose a smaller size, or load with more memory"
         )
+
+
+def fits_beside(plan: Plan, stage: str, picture: tuple[int, int, int], current: tuple[int, int, int]) -> bool:
+    """Whether `stage` ("prompt", "decoding") of one picture fits beside the prompt and the steps of the `current` one.
+
+    Both are (height, width, tokens). A text encoder that passes through the device never does: its layers and the
+    blocks would take each other's places.
+    """
+    if stage == "prompt" and plan.placement.text_encoder == "streamed":
+        return False
+    (other, refused), (own, own_refused) = fit_picture(plan, *picture), fit_picture(plan, *current)
+    if refused or own_refused:
+        return False
+    busiest = max(one.device for one in own.stages if one.name != "decoding")
+    return busiest + stage_needs(plan.sizes, other.work, other.placement)[stage] <= plan.budget.device
 
 
 def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
