@@ -19,6 +19,7 @@ from torch import OutOfMemoryError
 from zimage import Cancelled, Drawn, GenerationRequest, NonFiniteError, RequestError, ZImagePipeline, ZImageWarning
 from zimage import many as many_module
 from zimage.files.recipe import pixel_digest
+from zimage.kernels import switch
 from zimage.many import aside
 
 from .conftest import CountForwards, load
@@ -503,3 +504,20 @@ def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, fails: boo
     started = ["event of main", "on side", "side waits for the event", "job"]
     assert log == [*started, *([] if fails else ["kept for main"]), "side at rest"]
     assert outcome == (many_module.Failed("none left") if fails else "made")
+
+
+@pytest.mark.usefixtures("beside")
+def test_what_the_caller_set_for_its_thread_holds_beside_steps(
+    own_turbo: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, str]] = []
+    decode = own_turbo._decode
+
+    def watched(*args: Any) -> Any:
+        seen.append((threading.current_thread() is threading.main_thread(), switch._mode.get()))
+        return decode(*args)
+
+    monkeypatch.setattr(own_turbo, "_decode", watched)
+    with switch.using("off"):
+        list(own_turbo.generate_many([asked(), asked("a cat")]))
+    assert seen == [(False, "off"), (True, "off")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,8 @@ class Drawing:
     def _step(self, run: Generator[Any, None, Any], job: Job, *, on_device: bool) -> Future[Any]:
         """Take a step with a job beside it, both within one turn at the models; neither outlasts it."""
         with self._pipe._computing(), ThreadPoolExecutor(1, thread_name_prefix="zimage-beside") as thread:
-            done = thread.submit(aside(self._pipe.device, job) if on_device else partial(attempted, job))
+            beside = aside(self._pipe.device, job) if on_device else partial(attempted, job)
+            done = thread.submit(copy_context().run, beside)  # what the caller set for its own thread holds there too
             self._beside = done if on_device else None
             try:
                 next(run)
