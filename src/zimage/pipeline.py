@@ -168,7 +168,7 @@ class ZImagePipeline(Parts):
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
-            runtime=runtime.describe(self.device, self.dtype, strip_levels, self.weights),
+            runtime=runtime.describe(self.device, self.dtype, strip_levels, self.weights, self.compiled),
             pixels=pixel_digest(image),
         )
 

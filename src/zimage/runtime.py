@@ -28,10 +28,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def describe(
-    device: torch.device, dtype: torch.dtype, strip_levels: int = 0, weights: str | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    strip_levels: int = 0,
+    weights: str | None = None,
+    compiled: bool = False,
 ) -> dict[str, str]:
-    """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode, and what
-    `weights` are stored as if not in `dtype`."""
+    """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode, what
+    `weights` are stored as if not in `dtype`, and whether the transformer's blocks were `compiled`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "zimage": __version__,
@@ -42,6 +46,7 @@ def describe(
         "device": name,
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "weights": weights or "full",
+        "blocks": "compiled" if compiled else "eager",
         "decode": f"{strip_levels} in strips" if strip_levels else "whole",
     }
 
