@@ -38,6 +38,16 @@ def base() -> Bench:
     return make("base")
 
 
+def test_both_sides_are_compiled_or_neither() -> None:
+    def is_compiled(theirs: Any) -> set[bool]:
+        return {block._compiled_call_impl is not None for block in theirs.transformer.layers}
+
+    pipe, theirs = sides.load(Settings(**OPTIONS))
+    assert (pipe.compiled, is_compiled(theirs)) == (False, {False})
+    pipe, theirs = sides.load(Settings(**OPTIONS, compile=True))
+    assert (pipe.compiled, is_compiled(theirs)) == (True, {True})
+
+
 def turns(bench: Bench, stage: str) -> Any:
     return take_turns(bench, stage, measure._works(bench)[stage])
 

@@ -1,8 +1,8 @@
 """The transformer's modulated blocks as torch's compiler makes them: one program for all blocks, sizes and prompts.
 
 The number of tokens stays open in it and all else is fixed, so that nothing is compiled again for a prompt of another
-length. Where compiled code would not do what is wanted (gradients, a second try in float32), or cannot be made, blocks
-are computed as they are. Knows no pipeline, and imports the compiler only when it is first used.
+length. Where compiled code would not do what is wanted (gradients, hooks, of which torch does not notice those that come
+later, and a second try in float32), or cannot be made, blocks are computed as they are. Knows no pipeline, and imports the compiler only when it is first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from ..errors import ZImageWarning
+from ..errors import RequestError, ZImageWarning
+from .layers import is_bare
 from .precision import Float32Math
 from .transformer import BlockModulation, ZImageTransformer, run_block
 
@@ -29,14 +30,19 @@ class CompiledBlock:
         self._transformer = transformer
         # torch keeps what it compiled, and counts towards its limit, by code object: one for each transformer.
         own = FunctionType(run_block.__code__.replace(), run_block.__globals__, "run_block")
-        self._run = torch.compile(own, backend=backend, dynamic=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's of itself, as its compiler is imported
+            try:
+                self._run = torch.compile(own, backend=backend, dynamic=False)
+            except RuntimeError as error:
+                raise RequestError(f"torch cannot compile here ({error}); leave pipe.compile() out") from error
 
     def __call__(
         self, block: nn.Module, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None
     ) -> Tensor:
         """`tokens` (B, N, dim) after `block`; without `modulation`, so for a caption, as it stands."""
         settings = self._transformer.compute_dtype, self._transformer.attend
-        if modulation is None or not _applies():
+        if modulation is None or not _applies() or not all(map(is_bare, block.modules())):
             return run_block(block, tokens, rotations, modulation, *settings)
         pairs = torch.view_as_real(rotations)  # a compiler would warn of complex numbers
         for tensor in (tokens, pairs):
@@ -62,7 +68,10 @@ class CompiledBlock:
 
 
 def compile_blocks(transformer: ZImageTransformer, backend: Any = "inductor") -> None:
-    """Let the modulated blocks be compiled by torch's `backend` when they are first used; done once, it is done."""
+    """Let the modulated blocks be compiled by torch's `backend` when they are first used; done once, it is done.
+
+    Raises `RequestError` where torch has no compiler at all.
+    """
     if not is_compiled(transformer):
         vars(transformer)[_PLACE] = CompiledBlock(transformer, backend)
 
