@@ -144,8 +144,9 @@ class Placed:
     def compile(self) -> Self:
         """Let torch compile the transformer's block when it is first used: once, for all blocks, sizes and prompts.
 
-        Pictures are then the same within rounding, and from run to run to the bit. Where compiling fails, a warning says
-        why and all goes on uncompiled. Returns the pipeline itself; a second call changes nothing.
+        Pictures are then the same within rounding, and from run to run to the bit. Where compiling fails, a warning
+        says why and all goes on uncompiled; `RequestError` where torch has no compiler. Returns the pipeline itself; a
+        second call changes nothing.
         """
         with self._turn:
             self._compiles = self._compiles or not self.compiled

@@ -191,7 +191,8 @@ def test_one_round_of_zimage_alone() -> None:
 def test_a_model_that_is_there(only: str | None) -> None:
     settings = Settings(model="demo", device="cpu", dtype="float32", steps=1, rounds=1, stages=("denoise",), only=only)
     report = measure.run(settings)
-    assert report.model == {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32"}
+    model = {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32", "blocks": "eager"}
+    assert report.model == model
     assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
     assert report.stages[0].zimage.evaluations == 2
     assert (report.stages[0].diffusers is None) == (only == "zimage")

@@ -80,11 +80,11 @@ class Report:
 def text(report: Report) -> str:
     """A line for each stage, then what the times mean."""
     model, picture, machine = report.model, report.picture, report.machine
-    blocks = ", blocks compiled" if model["blocks"] == "compiled" else ""
+    dtype = model["dtype"] + (", blocks compiled" if model["blocks"] == "compiled" else "")
     guidance = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] else ""
     head = [
         f"{model['name']}, {model['variant']}: {picture['width']}x{picture['height']}, "
-        f"{picture['steps']} steps{guidance}, {model['dtype']}{blocks} on {machine['name']}, {machine['threads']} threads",
+        f"{picture['steps']} steps{guidance}, {dtype} on {machine['name']}, {machine['threads']} threads",
         f"medians of {report.rounds} rounds (quartiles), both sides in turn, warm",
     ]
     return "\n".join([*head, *_table(report.stages), *_work(report)])

@@ -1,8 +1,8 @@
 """The transformer's modulated blocks as torch's compiler makes them: one program for all blocks, sizes and prompts.
 
 The number of tokens stays open in it and all else is fixed, so that nothing is compiled again for a prompt of another
-length. Where compiled code would not do what is wanted (gradients, hooks, of which torch does not notice those that come
-later, and a second try in float32), or cannot be made, blocks are computed as they are. Knows no pipeline, and imports the compiler only when it is first used.
+length. Blocks are computed as they are where compiled code would not do what is wanted (gradients, a second try in
+float32, hooks, of which torch does not notice those that come later) or cannot be made. Knows no pipeline.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def compile_blocks(transformer: ZImageTransformer, backend: Any = "inductor") ->
     Raises `RequestError` where torch has no compiler at all.
     """
     if not is_compiled(transformer):
-        vars(transformer)[_PLACE] = CompiledBlock(transformer, backend)
+        setattr(transformer, _PLACE, CompiledBlock(transformer, backend))
 
 
 def restore_blocks(transformer: ZImageTransformer) -> None:
     """The inverse of `compile_blocks`; what was compiled is let go of."""
     if is_compiled(transformer):
-        del vars(transformer)[_PLACE]
+        delattr(transformer, _PLACE)
 
 
 def is_compiled(transformer: ZImageTransformer) -> bool:
