@@ -189,7 +189,14 @@ class ZImagePipeline(Parts):
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
-            runtime=runtime.describe(self.device, self.dtype, strip_levels, self.weights, self.attention_backend),
+            runtime=runtime.describe(
+                self.device,
+                self.dtype,
+                strip_levels,
+                self.weights,
+                attention=self.attention_backend,
+                compiled=self.compiled,
+            ),
             pixels=pixel_digest(image),
         )
 

@@ -32,10 +32,12 @@ def describe(
     dtype: torch.dtype,
     strip_levels: int = 0,
     weights: str | None = None,
+    *,
     attention: str = "native",
+    compiled: bool = False,
 ) -> dict[str, str]:
     """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode, what
-    `weights` are stored as if not in `dtype`, and the backend of its `attention`."""
+    `weights` are stored as if not in `dtype`, the backend of `attention`, and whether blocks were `compiled`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "zimage": __version__,
@@ -47,6 +49,7 @@ def describe(
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "weights": weights or "full",
         "attention": attention,
+        "blocks": "compiled" if compiled else "eager",
         "decode": f"{strip_levels} in strips" if strip_levels else "whole",
     }
 

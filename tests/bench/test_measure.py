@@ -38,6 +38,16 @@ def base() -> Bench:
     return make("base")
 
 
+def test_both_sides_are_compiled_or_neither() -> None:
+    def is_compiled(theirs: Any) -> set[bool]:
+        return {block._compiled_call_impl is not None for block in theirs.transformer.layers}
+
+    pipe, theirs = sides.load(Settings(**OPTIONS))
+    assert (pipe.compiled, is_compiled(theirs)) == (False, {False})
+    pipe, theirs = sides.load(Settings(**OPTIONS, compile=True))
+    assert (pipe.compiled, is_compiled(theirs)) == (True, {True})
+
+
 def turns(bench: Bench, stage: str) -> Any:
     return take_turns(bench, stage, measure._works(bench)[stage])
 
@@ -181,7 +191,8 @@ def test_one_round_of_zimage_alone() -> None:
 def test_a_model_that_is_there(only: str | None) -> None:
     settings = Settings(model="demo", device="cpu", dtype="float32", steps=1, rounds=1, stages=("denoise",), only=only)
     report = measure.run(settings)
-    assert report.model == {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32"}
+    model = {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32", "blocks": "eager"}
+    assert report.model == model
     assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
     assert report.stages[0].zimage.evaluations == 2
     assert (report.stages[0].diffusers is None) == (only == "zimage")

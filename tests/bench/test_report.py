@@ -17,7 +17,7 @@ OURS = Timing(
 )  # fmt: skip
 THEIRS = replace(OURS, median_s=1.25, quartiles_s=(1.2, 1.3), tflops=1.6, product_share=0.2)
 REPORT = Report(
-    model={"name": "models/My Model", "weights": "given", "variant": "base", "dtype": "bfloat16"},
+    model={"name": "models/My Model", "weights": "given", "variant": "base", "dtype": "bfloat16", "blocks": "eager"},
     picture={"width": 1280, "height": 720, "steps": 4, "guidance_scale": 4.0},
     rounds=3,
     machine={"device": "cuda", "name": "NVIDIA H100 80GB", "threads": 8},
@@ -40,6 +40,12 @@ def test_the_table_says_it_all() -> None:
         "attention of zimage: flash x 12",
         "attention of diffusers: math x 6, kernel:x x 1",
     ]
+
+
+def test_compiled_blocks_are_said_and_named(tmp_path: Path) -> None:
+    compiled = replace(REPORT, model={**REPORT.model, "blocks": "compiled"})
+    assert "guidance 4, bfloat16, blocks compiled on NVIDIA" in text(compiled)
+    assert save(compiled, tmp_path).name == save(REPORT, tmp_path).name.replace("bfloat16", "bfloat16-compiled")
 
 
 def test_one_side_alone_and_memory() -> None:

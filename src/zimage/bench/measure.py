@@ -241,6 +241,7 @@ def _report(bench: Bench, stages: list[Stage], attention: dict[str, dict[str, in
             "weights": "random" if settings.size else "given",
             "variant": pipe.variant.name,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "blocks": "compiled" if pipe.compiled else "eager",
         },
         picture={
             "width": request.width,

@@ -80,10 +80,11 @@ class Report:
 def text(report: Report) -> str:
     """A line for each stage, then what the times mean."""
     model, picture, machine = report.model, report.picture, report.machine
+    dtype = model["dtype"] + (", blocks compiled" if model["blocks"] == "compiled" else "")
     guidance = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] else ""
     head = [
         f"{model['name']}, {model['variant']}: {picture['width']}x{picture['height']}, "
-        f"{picture['steps']} steps{guidance}, {model['dtype']} on {machine['name']}, {machine['threads']} threads",
+        f"{picture['steps']} steps{guidance}, {dtype} on {machine['name']}, {machine['threads']} threads",
         f"medians of {report.rounds} rounds (quartiles), both sides in turn, warm",
     ]
     return "\n".join([*head, *_table(report.stages), *_work(report)])
@@ -94,7 +95,7 @@ def save(report: Report, folder: Path) -> Path:
     model, picture = report.model, report.picture
     parts = [
         "bench", Path(model["name"]).name, model["variant"], f"{picture['width']}x{picture['height']}",
-        model["dtype"], report.machine["name"], report.date,
+        model["dtype"], *(["compiled"] if model["blocks"] == "compiled" else []), report.machine["name"], report.date,
     ]  # fmt: skip
     name = "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
     return write(report.to_dict(), folder, name)

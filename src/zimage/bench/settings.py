@@ -40,6 +40,8 @@ class Settings:
         rounds: measured runs of each side and stage, after one that is not.
         stages: some of `STAGES`.
         only: "zimage" leaves diffusers out.
+        compile: both sides with the transformer's blocks compiled, each in its own way; the round that is not measured
+            waits for the compiler.
         words: of the prompts, a number that no other round has included.
 
     Raises `RequestError` for what cannot work.
@@ -56,6 +58,7 @@ class Settings:
     rounds: int = KEPT_ROUNDS
     stages: tuple[str, ...] = STAGES
     only: str | None = None
+    compile: bool = False
     words: int = 20
 
     def __post_init__(self) -> None:

@@ -121,6 +121,16 @@ class Diffusers:
 
 def load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     """zimage's pipeline and diffusers' over the same modules, or `None` where only zimage is measured of a model."""
+    pipe, theirs = _load(settings)
+    if settings.compile:
+        pipe.compile()
+        if theirs is not None:
+            # It replaces the call of each block, which zimage never makes: neither side computes with the other's.
+            theirs.transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe, theirs
+
+
+def _load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     name: Any = str(dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Measured runs of each stage and side.")] = KEPT_ROUNDS,
     stages: Annotated[str, typer.Option(help="Some of them.")] = ",".join(STAGES),
     only: Annotated[str | None, typer.Option(help="zimage: leave diffusers out.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Both sides with their blocks compiled.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Folder to keep the result in; {KEPT_ROUNDS} rounds or more.")
     ] = None,
@@ -42,6 +43,7 @@ def bench(
     settings = _settings(
         size=size or (None if model else "tiny"), model=model, variant=variant, device=device, dtype=dtype,
         height=height, width=width, steps=steps, rounds=rounds, stages=_names(stages), only=only,
+        compile=compile,
     )  # fmt: skip
     if output is not None and rounds < KEPT_ROUNDS:
         raise RequestError(f"a result that is kept needs {KEPT_ROUNDS} rounds or more, got {rounds}; drop --output")

@@ -20,10 +20,14 @@ def axis_rotations(positions: Tensor, size: int, theta: float) -> Tensor:
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of channels of `heads` (B, N, heads, head_dim) by `rotations` (1 or B, N, half)."""
-    if torch.compiler.is_compiling():  # which fuses no complex arithmetic
+    """Rotate neighbouring pairs of channels of `heads` (B, N, heads, head_dim) by `rotations` (1 or B, N, half).
+
+    For a compiler, which fuses no complex arithmetic, they may be pairs of real numbers already, (1 or B, N, half, 2).
+    """
+    if torch.compiler.is_compiling():
         even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, heads, head_dim / 2) each
-        cosine, sine = rotations.real.unsqueeze(2), rotations.imag.unsqueeze(2)
+        real = torch.view_as_real(rotations) if rotations.is_complex() else rotations
+        cosine, sine = real.unsqueeze(2).unbind(-1)
         turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
         return turned.flatten(3).type_as(heads)
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))  # (B, N, heads, head_dim / 2)

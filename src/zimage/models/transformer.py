@@ -207,15 +207,27 @@ class ZImageTransformer(ZImageTransformer2DModel):
         return torch.cat([first, rest], dim=1).to(device)
 
     def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:
-        scale = overflow_scale(self.compute_dtype)
-        attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
-        hidden = normalize(block.attention_norm1, tokens, attention_scale)
-        update = _attention(block.attention, hidden, rotations, scale, self.attend)
-        tokens, hidden = add_then_normalize(
-            tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale
-        )
-        update = _feed_forward(block.feed_forward, hidden, scale)
-        return add_normalized(tokens, block.ffn_norm2, update, feed_forward_gate)
+        return run_block(block, tokens, rotations, modulation, self.compute_dtype, self.attend)
+
+
+def run_block(
+    block: Any,
+    tokens: Tensor,
+    rotations: Tensor,
+    modulation: BlockModulation | None,
+    compute_dtype: torch.dtype,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """`tokens` (B, N, dim) after `block`, of the residual stream's type; `rotations` (1, N, head_dim / 2), complex."""
+    scale = overflow_scale(compute_dtype)
+    attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
+    hidden = normalize(block.attention_norm1, tokens, attention_scale)
+    update = _attention(block.attention, hidden, rotations, scale, attend)
+    tokens, hidden = add_then_normalize(
+        tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale
+    )
+    update = _feed_forward(block.feed_forward, hidden, scale)
+    return add_normalized(tokens, block.ffn_norm2, update, feed_forward_gate)
 
 
 def batch_captions(captions: Sequence[Caption]) -> Caption:
