@@ -100,7 +100,7 @@ def test_flash_attention_3_is_taken_where_it_is(seen: list[str], monkeypatch: py
     capability = (9, 0)
     monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    card, automatic = torch.device("cuda", 0), attention._automatic.__wrapped__
+    card, automatic = torch.device("cuda", 0), attention._automatic
     assert automatic(card, torch.bfloat16) is AttentionBackendName._FLASH_3
     assert automatic(card, torch.float32) is None
     assert automatic(CPU, torch.bfloat16) is None

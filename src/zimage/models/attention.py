@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +88,6 @@ def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.d
     return backend
 
 
-@cache
 def _automatic(device: torch.device, dtype: torch.dtype) -> AttentionBackendName | None:
     """FlashAttention-3 on the cards that it was written for, where it is installed; `None` leaves it to torch."""
     is_there = getattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", False) and device.type == "cuda"
