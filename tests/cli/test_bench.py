@@ -53,7 +53,13 @@ def test_a_checkpoint_in_a_folder(zimage: Command, base: str) -> None:
     ended = zimage(*QUICK, "--model", base, "--rounds", 1, "--stages", "denoise", "--json", "--quiet")
     assert (ended.code, ended.err) == (0, "")
     report = json.loads(ended.out)
-    assert report["model"] == {"name": base, "weights": "given", "variant": "base", "dtype": "float32"}
+    assert report["model"] == {
+        "name": base,
+        "weights": "given",
+        "variant": "base",
+        "dtype": "float32",
+        "blocks": "eager",
+    }
     assert report["stages"][0]["cosine"] >= 0.999
 
 
