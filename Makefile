@@ -36,7 +36,7 @@ gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results
 	$(BIN)/python benchmarks/memory.py --output benchmarks/results
-	$(BIN)/python benchmarks/throughput.py --model real --device cuda --size 1024 --save --output benchmarks/results
+	$(BIN)/python benchmarks/throughput.py --model small --device cuda --size 1024 --save --output benchmarks/results
 	$(BIN)/python benchmarks/against_diffusers.py --device cuda --output benchmarks/results
 	for side in 1024 512 256; do \
 		$(BIN)/zimage bench --size real --device cuda --height $$side --width $$side --output benchmarks/results || exit 1; \

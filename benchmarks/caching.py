@@ -10,7 +10,6 @@ other than the demo have random weights, so only closeness is said of them.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from zimage import GenerationRequest, ZImagePipeline
+from zimage.bench.report import write
 from zimage.caching import CACHES
 from zimage.cli.running import evaluations
 from zimage.testing import build_checkpoint
@@ -69,9 +69,8 @@ def main() -> None:
             for row in rows:
                 print("  ".join(f"{name} {value}" for name, value in row.items()))
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / f"caching-{arguments.device}-{report['date']}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        name = f"caching-{arguments.device}-{report['date']}"
+        print(f"wrote {write(report, arguments.output, name)}")
 
 
 def measure(model: str, count: int, scratch: Path, device: str) -> list[Row]:

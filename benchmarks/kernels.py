@@ -11,7 +11,6 @@ writes the table as JSON into a folder.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from zimage.bench.report import write
 from zimage.kernels.switch import using
 from zimage.models import layers
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
@@ -53,7 +53,7 @@ def main() -> None:
             rows.append({"dtype": name, **row})
             print(line(rows[-1]), flush=True)
     if arguments.output:
-        write(rows, arguments.tokens, arguments.output)
+        keep(rows, arguments.tokens, arguments.output)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def line(row: dict[str, Any]) -> str:
     return said + (f"  {row['torch_s'] / row['fused_s']:.2f} x" if "fused_s" in row else "")
 
 
-def write(rows: list[dict[str, Any]], tokens: int, folder: Path) -> None:
+def keep(rows: list[dict[str, Any]], tokens: int, folder: Path) -> None:
     """The table as JSON, with device and versions."""
     import triton
 
@@ -174,10 +174,7 @@ def write(rows: list[dict[str, Any]], tokens: int, folder: Path) -> None:
         "tokens": tokens,
         "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels-cuda-{report['date']}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {write(report, folder, f'kernels-cuda-{date.today()}')}")
 
 
 if __name__ == "__main__":

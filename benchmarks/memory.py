@@ -31,6 +31,7 @@ import diffusers
 import torch
 
 from zimage import GenerationRequest, ZImagePipeline
+from zimage.bench.report import write
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.plan import gib, parse_memory
 from zimage.memory.planner import fit_picture
@@ -80,7 +81,7 @@ def main() -> None:
             row["times_bound"] = row["denoising_s"] / max(resident, row["copying_s"])
         print(line(row), flush=True)
     if arguments.output:
-        write(rows, size, arguments.output)
+        keep(rows, size, arguments.output)
 
 
 def run(folder: Path, budget: str) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def line(row: dict[str, Any]) -> str:
     return f"{said}{goal}  {row['placement']}{'  stepped down' if row['stepped_down'] else ''}"
 
 
-def write(rows: list[dict[str, Any]], size: str, folder: Path) -> None:
+def keep(rows: list[dict[str, Any]], size: str, folder: Path) -> None:
     """The table as JSON, with machine and versions."""
     cuda = torch.cuda.is_available()
     machine = (
@@ -227,10 +228,8 @@ def write(rows: list[dict[str, Any]], size: str, folder: Path) -> None:
         "size": size,
         "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"memory-{'cuda' if cuda else 'simulated'}-{report['date']}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {path}")
+    name = f"memory-{'cuda' if cuda else 'simulated'}-{report['date']}"
+    print(f"wrote {write(report, folder, name)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ one is encoded. `--save` also writes them as PNG files, in the loop's body. The 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -23,12 +22,12 @@ import torch
 from PIL import Image
 
 from zimage import GenerationRequest, ZImagePipeline
+from zimage.bench.report import write
 from zimage.files.recipe import pixel_digest
 from zimage.testing import build_checkpoint
-from zimage.variants import DEMOS
+from zimage.testing.configs import SIZES
 
 Report = dict[str, Any]
-SIZES = ("tiny", "small", "wide", "real")
 
 
 def main() -> None:
@@ -51,14 +50,13 @@ def main() -> None:
         print(f"{way}: {report[way]['median']:.4f} s a picture")
     print(f"ratio: {report['ratio']:.3f} (loop / generate_many)")
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / f"throughput-{arguments.device}-{report['date']}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        name = f"throughput-{arguments.device}-{report['date']}"
+        print(f"wrote {write(report, arguments.output, name)}")
 
 
 def load(model: str, variant: str, device: str, scratch: Path) -> ZImagePipeline:
     """The pipeline, of random weights where `model` is a size of those."""
-    if model in SIZES and model not in DEMOS:
+    if model in SIZES:
         model = str(build_checkpoint(scratch / model, size=model, variant=variant))
     pipe = ZImagePipeline.from_pretrained(model, device=device)
     pipe.set_progress_bar_config(disable=True)

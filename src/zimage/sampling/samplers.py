@@ -129,11 +129,8 @@ def _evaluating(
 def _predicting(
     sampler: Sampler, velocity: Velocity, latents: Tensor, sigma: float, sigma_next: float, previous: SamplerStep
 ) -> SamplerStep:
-    """`sampler`'s step with a velocity that lies on the line, in sigma, through the last two evaluations.
-
-    Of what was tried on the demo the closest to evaluating every step: the last velocity again, a parabola, and lines
-    through predicted images were all farther (docs/caching.md).
-    """
+    """`sampler`'s step with a velocity that lies on the line, in sigma, through the last two evaluations: the first
+    order of arXiv 2503.06923's forecasts, of the whole model's result instead of each layer's."""
     (earlier, before), (later, last) = previous.slopes
 
     def predicted(latents: Tensor, sigma: float) -> Tensor:
