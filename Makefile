@@ -41,6 +41,8 @@ gpu: $(STAMP)
 	for side in 1024 512 256; do \
 		$(BIN)/zimage bench --size real --device cuda --height $$side --width $$side --output benchmarks/results || exit 1; \
 	done
+	$(BIN)/zimage bench --size real --device cuda --compile --output benchmarks/results
+	$(BIN)/zimage bench --size real --device cuda --height 256 --width 256 --compile --cuda-graphs --output benchmarks/results
 	$(BIN)/zimage bench --size real --variant base --steps 4 --device cuda --output benchmarks/results
 
 clean:

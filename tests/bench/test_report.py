@@ -46,6 +46,9 @@ def test_compiled_blocks_are_said_and_named(tmp_path: Path) -> None:
     compiled = replace(REPORT, model={**REPORT.model, "blocks": "compiled"})
     assert "guidance 4, bfloat16, blocks compiled on NVIDIA" in text(compiled)
     assert save(compiled, tmp_path).name == save(REPORT, tmp_path).name.replace("bfloat16", "bfloat16-compiled")
+    graphs = replace(REPORT, model={**REPORT.model, "blocks": "compiled, CUDA graphs"})
+    assert "guidance 4, bfloat16, blocks compiled, CUDA graphs on NVIDIA" in text(graphs)
+    assert "bfloat16-compiled-cuda-graphs-nvidia" in save(graphs, tmp_path).name
 
 
 def test_one_side_alone_and_memory() -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from .._version import __version__
 from ..errors import ZImageError
+from ..models.graphs import uses_graphs
 from ..pipeline import ZImagePipeline
 from ..request import ResolvedRequest
 from ..runtime import package_version
@@ -241,7 +242,7 @@ def _report(bench: Bench, stages: list[Stage], attention: dict[str, dict[str, in
             "weights": "random" if settings.size else "given",
             "variant": pipe.variant.name,
             "dtype": str(pipe.dtype).removeprefix("torch."),
-            "blocks": "compiled" if pipe.compiled else "eager",
+            "blocks": _blocks(pipe),
         },
         picture={
             "width": request.width,
@@ -310,3 +311,10 @@ def _bar(settings: Settings, progress: bool) -> Any:
 
     rounds = (settings.rounds + 1) * len(settings.stages)
     return tqdm(total=rounds, unit="round", disable=not progress, leave=False)
+
+
+def _blocks(pipe: ZImagePipeline) -> str:
+    """How the transformer's blocks were run in the end: what fails on the way is left out."""
+    if not pipe.compiled:
+        return "eager"
+    return "compiled, CUDA graphs" if uses_graphs(pipe.transformer) else "compiled"

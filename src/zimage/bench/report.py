@@ -80,7 +80,7 @@ class Report:
 def text(report: Report) -> str:
     """A line for each stage, then what the times mean."""
     model, picture, machine = report.model, report.picture, report.machine
-    dtype = model["dtype"] + (", blocks compiled" if model["blocks"] == "compiled" else "")
+    dtype = model["dtype"] + ("" if model["blocks"] == "eager" else f", blocks {model['blocks']}")
     guidance = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] else ""
     head = [
         f"{model['name']}, {model['variant']}: {picture['width']}x{picture['height']}, "
@@ -95,7 +95,7 @@ def save(report: Report, folder: Path) -> Path:
     model, picture = report.model, report.picture
     parts = [
         "bench", Path(model["name"]).name, model["variant"], f"{picture['width']}x{picture['height']}",
-        model["dtype"], *(["compiled"] if model["blocks"] == "compiled" else []), report.machine["name"], report.date,
+        model["dtype"], *([] if model["blocks"] == "eager" else [model["blocks"]]), report.machine["name"], report.date,
     ]  # fmt: skip
     name = "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
     return write(report.to_dict(), folder, name)

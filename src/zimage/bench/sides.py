@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.locate import locate
+from ..models.graphs import uses_graphs
 from ..models.precision import choose_dtype
 from ..pipeline import ZImagePipeline
 from ..request import ResolvedRequest
@@ -123,7 +124,7 @@ def load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     """zimage's pipeline and diffusers' over the same modules, or `None` where only zimage is measured of a model."""
     pipe, theirs = _load(settings)
     if settings.compile:
-        pipe.compile()
+        pipe.compile(cuda_graphs=settings.cuda_graphs)
         if theirs is not None:
             # It replaces the call of each block, which zimage never makes: neither side computes with the other's.
             theirs.transformer.compile_repeated_blocks(fullgraph=True)
@@ -180,16 +181,41 @@ def counted(pipe: ZImagePipeline) -> Iterator[Callable[[], dict[str, int]]]:
         counts.clear()
         return done
 
-    final = pipe.transformer.all_final_layer["2-1"].linear
-    hooks = [
-        final.register_forward_pre_hook(count("evaluations")),
-        pipe.text_encoder.model.embed_tokens.register_forward_pre_hook(count("prompts")),
-    ]
+    hook = pipe.text_encoder.model.embed_tokens.register_forward_pre_hook(count("prompts"))
     try:
-        yield taken
+        with _evaluations_counted(pipe.transformer, count("evaluations")):
+            yield taken
     finally:
-        for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def _evaluations_counted(transformer: Any, count: Callable[..., None]) -> Iterator[None]:
+    """Calls `count` with the inputs of each evaluation: at the last layer, which both sides call.
+
+    A CUDA graph calls no layers, and one that is hooked is not recorded. Then zimage's evaluations are counted where it
+    asks for one, and diffusers' at its transformer, which shares the hooks of ours and which we never call.
+    """
+    if not uses_graphs(transformer):
+        hook = transformer.all_final_layer["2-1"].linear.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
             hook.remove()
+        return
+    denoise = transformer.denoise
+
+    def counting(*inputs: Any) -> Any:
+        count(None, inputs)
+        return denoise(*inputs)
+
+    hook, transformer.denoise = transformer.register_forward_pre_hook(count), counting
+    try:
+        yield
+    finally:
+        hook.remove()
+        if uses_graphs(transformer):
+            transformer.denoise = denoise
 
 
 def as_tensor(result: Any) -> Tensor:

@@ -30,6 +30,9 @@ def bench(
     stages: Annotated[str, typer.Option(help="Some of them.")] = ",".join(STAGES),
     only: Annotated[str | None, typer.Option(help="zimage: leave diffusers out.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Both sides with their blocks compiled.")] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="With --compile: zimage's side with CUDA graphs besides.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Folder to keep the result in; {KEPT_ROUNDS} rounds or more.")
     ] = None,
@@ -43,7 +46,7 @@ def bench(
     settings = _settings(
         size=size or (None if model else "tiny"), model=model, variant=variant, device=device, dtype=dtype,
         height=height, width=width, steps=steps, rounds=rounds, stages=_names(stages), only=only,
-        compile=compile,
+        compile=compile, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     if output is not None and rounds < KEPT_ROUNDS:
         raise RequestError(f"a result that is kept needs {KEPT_ROUNDS} rounds or more, got {rounds}; drop --output")

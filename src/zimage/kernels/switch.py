@@ -51,6 +51,11 @@ def using(mode: str) -> Iterator[None]:
         _mode.reset(token)
 
 
+def mode() -> str:
+    """Which of `MODES` holds here."""
+    return _mode.get()
+
+
 def wanted(tensor: Tensor) -> bool:
     """Whether to ask `run` at all; cheap. A compiler fuses the plain expression by itself."""
     return not torch.compiler.is_compiling() and (tensor.is_cuda or _mode.get() == "on")

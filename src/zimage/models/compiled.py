@@ -42,7 +42,7 @@ class CompiledBlock:
     ) -> Tensor:
         """`tokens` (B, N, dim) after `block`; without `modulation`, so for a caption, as it stands."""
         settings = self._transformer.compute_dtype, self._transformer.attend
-        if modulation is None or not _applies() or not all(map(is_bare, block.modules())):
+        if modulation is None or not computes_plainly() or not all(map(is_bare, block.modules())):
             return run_block(block, tokens, rotations, modulation, *settings)
         pairs = torch.view_as_real(rotations)  # a compiler would warn of complex numbers
         for tensor in (tokens, pairs):
@@ -87,8 +87,8 @@ def is_compiled(transformer: ZImageTransformer) -> bool:
     return isinstance(vars(transformer).get(_PLACE), CompiledBlock)
 
 
-def _applies() -> bool:
-    """Whether compiled code does what is wanted here: no gradients, no wider type, no other compiler around."""
+def computes_plainly() -> bool:
+    """Whether compiled or recorded code does what is wanted here: no gradients, no wider type, no compiler around."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not any(isinstance(mode, Float32Math) for mode in _get_current_function_mode_stack())

@@ -1,0 +1,233 @@
+"""Small forwards of the transformer as CUDA graphs: launched as one, where launching takes longer than computing.
+
+`refine` and `denoise` are recorded when they first see a size, and replayed with other numbers in the same places. What
+was recorded reads weights where they were, so all that a replay depends on is looked at before each one; whatever does
+not fit a recording is computed as it stands. Knows no pipeline.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ZImageWarning
+from ..kernels import switch
+from ..memory.ladder import is_out_of_memory
+from .compiled import computes_plainly
+from .layers import is_bare
+from .transformer import Caption, ImageGrid, Modulation, ZImageTransformer
+
+MOST_TOKENS = 2048
+"""Image and caption tokens of a forward that is recorded: 512 x 512 pixels and the longest caption. Computing a token
+takes about 20 us on an H100 (12.3 GFLOP, of which half its peak is reached) and launching a forward some ms, so larger
+ones have nothing to wait for."""
+KEPT = 32
+"""Recordings of a transformer: of one size two for each 32 tokens of caption."""
+
+_PLACES = ("refine", "denoise")
+_KNOWN = ("torch.nn.", "diffusers.models.", f"{__package__}.")
+"""Where modules are defined whose computation follows from their tensors; an adapter's may change by a number."""
+
+Replay = Callable[[], Any]
+Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Of a computation on tensors that stay where they are: what does it once more, and where its result then is."""
+
+
+class CUDARecorder:
+    """Records in CUDA graphs, which share their memory: each result is copied before another is replayed."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            compute()  # what is made at the first use, kernels and workspaces, must not be made while recording
+        torch.cuda.current_stream().wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = compute()
+        return graph.replay, result
+
+
+class Graphs:
+    """The recordings of one transformer, for all threads; none is used for weights that were moved or replaced."""
+
+    def __init__(self, transformer: ZImageTransformer, record: Record, device_type: str) -> None:
+        self._transformer, self._record, self._device_type = transformer, record, device_type
+        self._guard = threading.Lock()
+        self._kept: dict[Any, tuple[list[Tensor], Replay, Tensor]] = {}
+        self._seen: list[Any] | None = None
+
+    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
+        """The transformer's own `refine`."""
+        own_grid = replace(grid, caption_length=0, rotations=grid.rotations[:, : grid.padded])  # one for all captions
+        own_modulation = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
+        return self._compute("refine", grid.padded, latents, own_grid, own_modulation)
+
+    def denoise(
+        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's own `denoise`."""
+        image = self.refine(latents, grid, modulation) if refined is None else refined
+        return self._compute("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
+
+    def forget(self) -> None:
+        """Let go of all recordings and their memory; what is needed again is recorded again."""
+        with self._guard:
+            self._kept.clear()
+
+    def _compute(self, name: str, tokens: int, *args: Any) -> Tensor:
+        own: Callable[..., Tensor] = partial(getattr(type(self._transformer), name), self._transformer)
+        given = list(_tensors(args))
+        if tokens > MOST_TOKENS or not self._applies(given):
+            return own(*args)
+        with self._guard:
+            if not self._is_current():
+                return own(*args)
+            return self._replayed((name, _shape(args), switch.mode(), _stream(self._device_type)), own, args, given)
+
+    def _applies(self, given: list[Tensor]) -> bool:
+        """Whether inputs lie dense on the device, and nothing around asks for another computation."""
+        if not computes_plainly() or "hold" in vars(self._transformer):
+            return False
+        return all(one.device.type == self._device_type and one.is_contiguous() for one in given)
+
+    def _is_current(self) -> bool:
+        """Whether recordings may be used; those of a transformer that is not the same any more are let go of."""
+        seen = _state(self._transformer)
+        if seen != self._seen:
+            self._kept.clear()
+            self._seen = seen
+        return seen is not None
+
+    def _replayed(self, key: Any, own: Callable[..., Tensor], args: tuple[Any, ...], given: list[Tensor]) -> Tensor:
+        if key not in self._kept:
+            places = [torch.empty_like(one).copy_(one) for one in given]
+            try:
+                recorded = self._record(partial(own, *_with_tensors(args, iter(places))))
+            except Exception as error:
+                self._kept.clear()
+                if not is_out_of_memory(error):
+                    self._give_up(error)
+                return own(*args)
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = places, *recorded
+        places, replay, result = self._kept[key]
+        for dtype in {one.dtype for one in given}:  # one launch for all of a type
+            pairs = [(place, one) for place, one in zip(places, given, strict=True) if one.dtype == dtype]
+            torch._foreach_copy_([place for place, _ in pairs], [one for _, one in pairs])
+        replay()
+        return result.clone()
+
+    def _give_up(self, error: Exception) -> None:
+        drop_graphs(self._transformer)
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"the transformer cannot be recorded in CUDA graphs here, it computes without: {type(error).__name__}: "
+            f"{reason} (pipe.compile() without cuda_graphs says that this is meant)",
+            ZImageWarning,
+            stacklevel=5,
+        )
+
+
+def use_graphs(transformer: ZImageTransformer, record: Record | None = None, device_type: str = "cuda") -> None:
+    """Let small forwards on devices of a type be recorded by `record`, a `CUDARecorder` if not given; done once, it is
+    done."""
+    if not uses_graphs(transformer):
+        graphs = Graphs(transformer, record or CUDARecorder(), device_type)
+        for place in _PLACES:
+            setattr(transformer, place, getattr(graphs, place))
+
+
+def drop_graphs(transformer: ZImageTransformer) -> None:
+    """The inverse of `use_graphs`; recordings are let go of."""
+    if uses_graphs(transformer):
+        for place in _PLACES:
+            delattr(transformer, place)
+
+
+def forget_graphs(transformer: ZImageTransformer) -> None:
+    """Let go of the recordings, for memory that is short or weights that move; others are made when needed."""
+    if uses_graphs(transformer):
+        vars(transformer)[_PLACES[0]].__self__.forget()
+
+
+def uses_graphs(transformer: ZImageTransformer) -> bool:
+    """Whether small forwards are recorded and replayed."""
+    return isinstance(getattr(vars(transformer).get(_PLACES[0]), "__self__", None), Graphs)
+
+
+def _state(transformer: ZImageTransformer) -> list[Any] | None:
+    """All that a replay takes for given: modules, where their weights are, attention; `None` where some module's doing
+    cannot be seen from here."""
+    seen: list[Any] = [transformer.attend, vars(transformer).get("_run_block")]
+    modules: list[Any] = [transformer]
+    while modules:
+        module = modules.pop()
+        called = module is not transformer  # whose own hooks are for those who call it, as diffusers does
+        if (called and not is_bare(module)) or not type(module).__module__.startswith(_KNOWN):
+            return None
+        seen.append(module)
+        if "processor" in vars(module):
+            seen.append(getattr(module.processor, "_attention_backend", None))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                seen += [tensor.data_ptr(), tensor.dtype]
+        modules += [child for child in module._modules.values() if child is not None]
+    return seen
+
+
+def _stream(device_type: str) -> Any:
+    """Recordings of one stream are never replayed on another, where they would meet themselves."""
+    return torch.cuda.current_stream().cuda_stream if device_type == "cuda" else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in tuples and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value):
+            yield from _tensors(part)
+
+
+def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with others in the places of its tensors, in the order of `_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple):
+        return tuple(_with_tensors(part, tensors) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{field.name: _with_tensors(getattr(value, field.name), tensors) for field in fields(value)}
+        )
+    return value
+
+
+def _shape(value: Any) -> Any:
+    """What a recording of `value` is good for: shapes, types and devices of its tensors, and all else as it is."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    parts = _parts(value)
+    return tuple(map(_shape, parts)) if parts else value
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, tuple):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return tuple(getattr(value, field.name) for field in fields(value))
+    return ()

@@ -1,0 +1,263 @@
+"""Recorded forwards: the bits of those that are computed, and never of weights, hooks or settings that are gone.
+
+A CPU has no such graphs. What stands in for one does a recorded computation again, in the places that it was recorded
+with, and keeps the result in one place: as a graph does it, so that what is not copied in or out shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zimage import RequestError, ZImagePipeline, ZImageWarning
+from zimage.models import graphs
+from zimage.models.graphs import drop_graphs, forget_graphs, use_graphs, uses_graphs
+
+CALL: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 3}
+
+
+@dataclass
+class Recording:
+    """Records for a CPU, and counts."""
+
+    records: int = 0
+    replays: int = 0
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.records += 1
+        result = torch.empty_like(compute())
+
+        def replay() -> None:
+            self.replays += 1
+            with torch.no_grad():
+                result.copy_(compute())
+
+        return replay, result
+
+
+def load(folder: Path, **options: Any) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(folder, device="cpu", **{"dtype": "float32", **options})
+
+
+def latents(pipe: ZImagePipeline, prompt: str = "a fox", seed: int = 1, **options: Any) -> Tensor:
+    return pipe(prompt, seed=seed, progress=False, output_type="latent", **{**CALL, **options}).images[0]  # type: ignore[union-attr]
+
+
+def recorded(folder: Path, **options: Any) -> tuple[ZImagePipeline, Recording]:
+    pipe, recording = load(folder, **options), Recording()
+    use_graphs(pipe.transformer, recording, "cpu")
+    return pipe, recording
+
+
+def test_pictures_have_the_same_bits_and_a_size_is_recorded_once(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    plain = load(turbo_folder)
+    for seed in (1, 2):
+        for prompt in ("a fox", "two cats", "a fox " * 30):
+            assert torch.equal(latents(pipe, prompt, seed), latents(plain, prompt, seed))
+    assert recording == Recording(records=3, replays=6 * 2 * 3)  # refine of the size, denoise of two lengths
+    assert torch.equal(latents(pipe, height=96), latents(plain, height=96))
+    assert recording.records == 5
+
+
+def test_a_guided_picture_of_two_lengths(base_folder: Path) -> None:
+    pipe, recording = recorded(base_folder)
+    options = {"negative_prompt": "blurry " * 30, "guidance_scale": 4.0}
+    assert torch.equal(latents(pipe, **options), latents(load(base_folder), **options))
+    assert (recording.records, recording.replays) == (3, 3 * 4)  # refine twice a step, each denoise once
+
+
+def test_results_are_not_written_over(turbo_folder: Path) -> None:
+    pipe, _ = recorded(turbo_folder)
+    transformer = pipe.transformer
+    generator = torch.Generator().manual_seed(1)
+    first, second, features = (torch.randn(s, generator=generator) for s in ((1, 16, 8, 8), (1, 16, 8, 8), (20, 64)))
+    with torch.no_grad():
+        caption = transformer.encode_caption(features)
+        grid = transformer.grid(8, 8, caption.length)
+        (modulation,) = transformer.modulations(torch.tensor([0.3]))
+        made = transformer.denoise(first, caption, grid, modulation)
+        kept = made.clone()
+        assert not torch.equal(transformer.denoise(second, caption, grid, modulation), kept)
+    assert torch.equal(made, kept)
+
+
+def hook_a_layer(pipe: ZImagePipeline) -> None:
+    pipe.transformer.layers[1].attention.to_v.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+class Halved(nn.Module):
+    """What an adapter does to a layer: it stands in its place, with a strength that is a plain number."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.strength = layer, 0.5
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden) * self.strength
+
+
+def adapt_a_layer(pipe: ZImagePipeline) -> None:
+    attention = pipe.transformer.layers[1].attention
+    attention.to_v = Halved(attention.to_v)
+
+
+def move_a_weight(pipe: ZImagePipeline) -> None:
+    weight = pipe.transformer.layers[1].attention.to_v.weight
+    weight.data = weight.data / 2
+
+
+def change_the_precision(pipe: ZImagePipeline) -> None:
+    pipe.to(torch.bfloat16)
+
+
+def replace_a_layer(pipe: ZImagePipeline) -> None:
+    attention = pipe.transformer.layers[1].attention
+    attention.to_v = nn.Linear(attention.to_v.in_features, attention.to_v.out_features, bias=False)
+    nn.init.constant_(attention.to_v.weight, 0.01)
+
+
+def attend_otherwise(pipe: ZImagePipeline) -> None:
+    pipe.transformer.attend = lambda query, key, value, **_: value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_a_layer, adapt_a_layer, move_a_weight, change_the_precision, replace_a_layer, attend_otherwise],
+)
+def test_what_changes_later_acts(turbo_folder: Path, change: Callable[[ZImagePipeline], None]) -> None:
+    pipe, _ = recorded(turbo_folder)
+    plain = load(turbo_folder)
+    before = latents(pipe)
+    for one in (pipe, plain):
+        change(one)
+    assert torch.equal(latents(pipe), latents(plain))
+    assert not torch.equal(latents(pipe), before)
+
+
+def test_an_adapters_strength_is_read_each_time(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    adapt_a_layer(pipe)
+    before = latents(pipe)
+    pipe.transformer.layers[1].attention.to_v.strength = 0.25
+    assert not torch.equal(latents(pipe), before)
+    assert recording == Recording()
+
+
+def test_a_weight_that_is_written_in_place_needs_no_new_recording(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    before = latents(pipe)
+    with torch.no_grad():
+        pipe.transformer.layers[1].attention.to_v.weight.mul_(0.5)
+    assert not torch.equal(latents(pipe), before)
+    assert recording.records == 2
+
+
+def test_larger_forwards_are_computed(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recording = recorded(turbo_folder)
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 64)
+    latents(pipe)
+    assert recording.records == 2  # 32 tokens of image, 32 of caption
+    latents(pipe, "a fox " * 30)
+    assert recording.records == 2
+    latents(pipe, height=512)
+    assert recording == Recording(records=2, replays=3 * 3)
+
+
+def test_no_more_than_a_few_are_kept(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recording = recorded(turbo_folder)
+    plain = load(turbo_folder)
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    sides = (64, 96, 64)
+    for side in sides:
+        assert torch.equal(latents(pipe, height=side), latents(plain, height=side))
+    assert recording.records == 2 * len(sides)
+
+
+def test_gradients_and_blocks_that_pass_through_are_computed(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    transformer = pipe.transformer.requires_grad_(True)
+    features, noise = torch.ones(20, 64), torch.ones(1, 16, 8, 8)
+    caption = transformer.encode_caption(features)
+    (modulation,) = transformer.modulations(torch.tensor([0.3]))
+    transformer.denoise(noise, caption, transformer.grid(8, 8, caption.length), modulation).sum().backward()
+    assert transformer.layers[0].attention.to_q.weight.grad is not None
+    transformer.requires_grad_(False)
+    pipe.enable_sequential_cpu_offload()
+    assert torch.equal(latents(pipe), latents(load(turbo_folder)))
+    assert recording == Recording()
+
+
+def test_moving_weights_lets_go_of_recordings(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    latents(pipe)
+    forget_graphs(pipe.transformer)
+    latents(pipe)
+    assert recording.records == 4
+    pipe.enable_model_cpu_offload()
+    pipe.transformer.__dict__.pop("hold", None)
+    assert not vars(pipe.transformer)["refine"].__self__._kept
+
+
+def test_recording_that_fails_is_a_warning_and_the_same_picture(turbo_folder: Path) -> None:
+    def refuse(compute: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    pipe = load(turbo_folder)
+    use_graphs(pipe.transformer, refuse, "cpu")
+    with pytest.warns(ZImageWarning, match=r"cannot be recorded in CUDA graphs here.*RuntimeError: operation not"):
+        made = latents(pipe)
+    assert not uses_graphs(pipe.transformer)
+    assert torch.equal(made, latents(load(turbo_folder)))
+
+
+def test_memory_that_runs_out_is_no_reason_to_give_up(turbo_folder: Path) -> None:
+    full = True
+
+    def record(compute: Callable[[], Tensor]) -> Any:
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recording(compute)
+
+    recording, pipe = Recording(), load(turbo_folder)
+    use_graphs(pipe.transformer, record, "cpu")
+    expected = latents(load(turbo_folder))
+    assert torch.equal(latents(pipe), expected)
+    full = False
+    assert torch.equal(latents(pipe), expected)
+    assert recording.records == 2
+
+
+def test_threads_share_recordings(turbo_folder: Path) -> None:
+    pipe, _ = recorded(turbo_folder)
+    twin = ZImagePipeline.from_diffusers(pipe.to_diffusers())
+    prompts = ["a fox", "a cat", "a dog", "an owl"]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda job: latents(*job), zip((pipe, twin) * 2, prompts, strict=True)))
+    plain = load(turbo_folder)
+    for prompt, one in zip(prompts, made, strict=True):
+        assert torch.equal(one, latents(plain, prompt))
+
+
+def test_there_is_a_way_back(turbo_folder: Path) -> None:
+    pipe, recording = recorded(turbo_folder)
+    use_graphs(pipe.transformer, Recording(), "cpu")
+    latents(pipe)
+    assert recording.records == 2  # a second call changes nothing
+    pipe.uncompile()
+    assert not uses_graphs(pipe.transformer)
+    assert not {"refine", "denoise"} & set(vars(pipe.transformer))
+    drop_graphs(pipe.transformer)
+
+
+def test_a_cpu_has_none(turbo: ZImagePipeline) -> None:
+    with pytest.raises(RequestError, match="CUDA graphs need a CUDA device, this pipeline is on cpu; leave them out"):
+        turbo.compile(cuda_graphs=True)
+    assert not turbo.compiled
