@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "memory.sizes",
     ),
     ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
-    ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
+    ("checkpoint", "files", "prompts", "adapters", "memory.budget", "memory.residency"),
     ("runtime", "components", "denoiser", "callbacks", "calls", "many", "output", "parts", "pipeline", "placed"),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
@@ -50,6 +50,7 @@ OPEN_TO_APPS = (
     "files",
     "memory",
     "pipeline",
+    "prompts",
     "request",
     "rules",
     "runtime",

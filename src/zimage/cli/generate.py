@@ -35,9 +35,9 @@ from .options import (
     check_request,
     choose_model,
     read_normalization,
-    read_prompt,
     read_size,
 )
+from .prompts import prompts_of
 from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import Targets, plan_targets
 
@@ -48,6 +48,12 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing reads stdin.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead: a file with a prompt on each line.")] = None,
+    expand: Annotated[
+        bool, typer.Option("--expand", help="Draw all that templates stand for: a {red|blue} fox, a red __animal__.")
+    ] = False,
+    pick: Annotated[int | None, typer.Option(help="Draw so many of those instead, at random by the seed.")] = None,
+    wildcards: Annotated[Path | None, typer.Option(help="Folder of lists: animal.txt is __animal__.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help=MODEL_HELP)] = None,
     variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
     negative_prompt: Annotated[
@@ -104,7 +110,8 @@ def generate(
         any_size=any_size or None,
         **read_size(size, height, width),
     )
-    requests = expand_requests(read_prompt(prompt), **options)
+    texts = prompts_of(prompt, file=prompts, expands=expand, number=pick, wildcards=wildcards, seed=seed)
+    requests = expand_requests(texts, **options)
     check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
 
