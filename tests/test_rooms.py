@@ -30,7 +30,19 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "prompts", "adapters", "memory.budget", "memory.residency"),
-    ("runtime", "components", "denoiser", "callbacks", "calls", "many", "output", "parts", "pipeline", "placed"),
+    (
+        "runtime",
+        "components",
+        "denoiser",
+        "callbacks",
+        "calls",
+        "many",
+        "output",
+        "parts",
+        "pipeline",
+        "placed",
+        "previews",
+    ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
 ALSO = {"cli": {"bench"}, "bench": {"testing"}}
@@ -200,5 +212,5 @@ def test_the_imports_are_found() -> None:
     assert {"pipeline", "errors"} <= own(imports(""))
     assert {"", "request", "errors", "cli.options", "cli.targets"} <= own(imports("cli.generate"))
     assert {"cli.generate", "_version"} <= own(imports("cli"))
-    assert {"parts", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
+    assert {"previews", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
     assert {"components", "runtime", "checkpoint.load"} <= own(imports("parts", at_import=True))

@@ -28,13 +28,13 @@ from .files.recipe import Recipe, differences, pixel_digest
 from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
-from .parts import Parts
+from .previews import Previewing
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.noise import seeded_noise
 from .sampling.samplers import SamplerStep
 
 
-class ZImagePipeline(Parts):
+class ZImagePipeline(Previewing):
     """Pictures from Z-Image and Z-Image-Turbo.
 
     Args:
@@ -278,5 +278,6 @@ class ZImagePipeline(Parts):
                 latents=step.latents,
                 denoised=step.denoised,
                 request=request,
+                previewer=self.preview,
                 image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
             )
