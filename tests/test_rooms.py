@@ -18,6 +18,7 @@ SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "editing",
         "variants",
         "rules",
         "request",
@@ -30,7 +31,20 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
-    ("runtime", "components", "denoiser", "callbacks", "calls", "many", "output", "parts", "pipeline", "placed"),
+    (
+        "runtime",
+        "components",
+        "canvas",
+        "denoiser",
+        "callbacks",
+        "calls",
+        "many",
+        "output",
+        "parts",
+        "pipeline",
+        "placed",
+        "starting",
+    ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
 ALSO = {"cli": {"bench"}, "bench": {"testing"}}
@@ -46,6 +60,7 @@ OPEN_TO_APPS = (
     "checkpoint.inspect",
     "checkpoint.locate",
     "checkpoint.sizes",
+    "editing",
     "errors",
     "files",
     "memory",
