@@ -18,6 +18,7 @@ SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "editing",
         "variants",
         "rules",
         "request",
@@ -33,6 +34,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     (
         "runtime",
         "components",
+        "canvas",
         "denoiser",
         "callbacks",
         "calls",
@@ -42,6 +44,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "placed",
         "previews",
+        "starting",
     ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
@@ -58,6 +61,7 @@ OPEN_TO_APPS = (
     "checkpoint.inspect",
     "checkpoint.locate",
     "checkpoint.sizes",
+    "editing",
     "errors",
     "files",
     "memory",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from .editing import skipped_steps
 from .errors import RequestError
 from .rules import integer, shown
 from .variants import Variant
@@ -52,10 +53,13 @@ def resolve_cache(
     return steps
 
 
-def noise_levels(steps: int, shift: float, sigmas: Sequence[float]) -> list[float]:
+def noise_levels(
+    steps: int, shift: float, sigmas: Sequence[float], strength: float = 1.0, keep_steps: bool = False
+) -> list[float]:
     """The noise levels that a run of so many steps begins them at, as `sampling.schedule` has them but for rounding."""
-    levels = sigmas or [1 - index / steps for index in range(steps)]
-    return [shift * level / (1 + (shift - 1) * level) for level in levels]
+    scale = strength if keep_steps else 1.0
+    levels = [scale * level for level in sigmas or [1 - index / steps for index in range(steps)]]
+    return [shift * level / (1 + (shift - 1) * level) for level in levels[skipped_steps(steps, strength, keep_steps) :]]
 
 
 def _needed(levels: Sequence[float], truncation: float) -> set[int]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
 from .callbacks import StepHook
 from .denoiser import Preparation
+from .editing import SourceImage, canvas_size
 from .errors import Cancelled, RequestError, ZImageWarning
+from .files.images import read_image, read_mask
 from .models.text_encoder import TextEncoder, Tokens
 from .request import AnyRequest, GenerationRequest, ResolvedRequest, expand_requests, with_noise
-from .sampling.noise import generator_noise
+from .sampling.noise import generator_noise, generator_seeds
 
 Result = TypeVar("Result")
 
@@ -65,18 +67,51 @@ def resolve_call(
             extra = ", ".join(options) or "generator and num_images_per_prompt"
             raise RequestError(f"a request says all there is; put {extra} into it instead")
         return [resolve(one) for one in given]
-    requests = expand_requests(prompt, num_images_per_prompt=images_per_prompt, **options)
+    requests = expand_requests(prompt, num_images_per_prompt=images_per_prompt, **_read_once(options))
     if generator is None:
         return [resolve(one) for one in requests]
     for name in ("seed", "latents"):
         if name in options:
             raise RequestError(f"{name} and generator are both given; only one can start the picture, drop one")
     resolved = [resolve(one) for one in requests]
+    if resolved[0].image is not None:
+        seeds = generator_seeds(generator, len(resolved))
+        return [with_noise(one, seed=seed) for one, seed in zip(resolved, seeds, strict=True)]
     noise = generator_noise(generator, (len(resolved), *latent_shape(resolved[0])))
     return [
         with_noise(one, seed=seed) if seed is not None else with_noise(one, latents=latents[None])
         for one, (seed, latents) in zip(resolved, noise, strict=True)
     ]
+
+
+def read_sources(request: AnyRequest) -> AnyRequest:
+    """`request` with its image and mask read, wherever they are; raises `RequestError` where they cannot be."""
+    if not isinstance(request, GenerationRequest) or (request.image is None and request.mask_image is None):
+        return request
+    image, mask_image = read_both(request.image, request.mask_image)
+    return replace(request, image=image, mask_image=mask_image)
+
+
+def read_both(image: Any, mask_image: Any) -> tuple[SourceImage | None, SourceImage | None]:
+    """Image and mask, as far as they are given."""
+    return (
+        None if image is None else read_image(image),
+        None if mask_image is None else read_mask(mask_image),
+    )
+
+
+def warn_if_fitted(asked: AnyRequest, resolved: ResolvedRequest) -> None:
+    """Warns where a picture is smaller than its image and nobody asked for that; where `resolve` was called."""
+    assert resolved.image is not None
+    height, width = canvas_size(resolved.image, resolved.padding)
+    if (asked.height, asked.width) == (None, None) and (height, width) != (resolved.height, resolved.width):
+        what = "image with its padding" if resolved.padding else "image"
+        warnings.warn(
+            f"the {what} is {width}x{height}, and sides are multiples of 16: the picture is {resolved.width}x"
+            f"{resolved.height}, cropped evenly; height and width scale it instead",
+            ZImageWarning,
+            stacklevel=3,
+        )
 
 
 def texts_of(request: ResolvedRequest) -> tuple[str, ...]:
@@ -97,6 +132,18 @@ def tokens_of(requests: Iterable[ResolvedRequest], encoder: TextEncoder) -> dict
     return {key: encoder.tokenize(*key) for key in dict.fromkeys(keys)}
 
 
+def _read_once(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with images and masks read, so that pictures share them; lists have one per prompt."""
+    read = dict(options)
+    for name, reader in (("image", read_image), ("mask_image", read_mask)):
+        value = options.get(name)
+        if isinstance(value, list | tuple):
+            read[name] = [reader(one) for one in value]
+        elif value is not None:
+            read[name] = reader(value)
+    return read
+
+
 def result_of(run: Generator[Any, None, Result]) -> Result:
     """What a generator returns, once it has run to its end."""
     while True:
@@ -112,7 +159,7 @@ def progress_bar(requests: Sequence[ResolvedRequest], options: Mapping[str, Any]
         return nullcontext()
     from tqdm.auto import tqdm
 
-    return tqdm(**{"total": sum(request.num_inference_steps for request in requests), **options})
+    return tqdm(**{"total": sum(request.steps for request in requests), **options})
 
 
 def warn_if_cut(tokens: Mapping[tuple[str, int], Tokens]) -> None:

@@ -18,6 +18,7 @@ from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
 from .sampling.guidance import guide, is_guided
+from .sampling.known import Known, keeping
 from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity, for_step
 from .sampling.schedule import model_timesteps, shifted_sigmas
 
@@ -106,8 +107,10 @@ def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioni
 
 
 def schedule(request: ResolvedRequest) -> Tensor:
-    """The noise levels (steps + 1,) of a request, float32 on the CPU."""
-    return shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
+    """The noise levels (request.steps + 1,) of a request, float32 on the CPU."""
+    return shifted_sigmas(
+        request.num_inference_steps, request.shift, request.sigmas, request.strength, request.keep_steps
+    )
 
 
 def denoising_steps(
@@ -118,8 +121,10 @@ def denoising_steps(
     *,
     start: int = 0,
     attempt: Attempt = once,
+    known: Known | None = None,
 ) -> Steps:
-    """Take the request's steps from step `start` on; latents sent in replace the current ones.
+    """Take the request's steps from step `start` on; latents sent in replace the current ones, and what of an image is
+    `known` stays.
 
     A step that is not finite is taken again, with everything since the caption features in float32, and so are the
     steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step. What
@@ -127,6 +132,7 @@ def denoising_steps(
     """
     sigmas = attempt(lambda: schedule(request).tolist())
     sampler, total = SAMPLERS[request.sampler], len(sigmas) - 1
+    sampler = sampler if known is None else keeping(sampler, known)
     velocity = attempt(lambda: make_velocity(preparation, request, conditioning))
     safe, previous = False, None
     for index in range(start, total):

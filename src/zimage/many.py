@@ -98,7 +98,7 @@ class Drawing:
                 raise turn
             tokens = self._tokens(turn, read_ahead)
             warn_if_cut(tokens)
-            following, read_ahead, steps = None, None, turn.num_inference_steps
+            following, read_ahead, steps = None, None, turn.steps
             with progress_bar([turn], self._bar_options) as bar:
                 call = Call(self._shared(), tokens, self._cancel, bar=bar, let_go=partial(self._let_go, turn))
                 run = self._pipe._denoise(turn, call)

@@ -20,7 +20,20 @@ from torch import Tensor
 
 from . import runtime
 from .callbacks import StepCallback, StepHook
-from .calls import PICTURE_OPTIONS, Call, CancelToken, progress_bar, resolve_call, result_of, texts_of, tokenize
+from .calls import (
+    PICTURE_OPTIONS,
+    Call,
+    CancelToken,
+    progress_bar,
+    read_both,
+    read_sources,
+    resolve_call,
+    result_of,
+    texts_of,
+    tokenize,
+    warn_if_fitted,
+)
+from .canvas import has_mask, lay_out
 from .denoiser import Conditioning, Preparation, denoising_steps
 from .errors import RequestError
 from .files.png import Picture, read_recipe
@@ -30,8 +43,8 @@ from .models.autoencoder import to_image
 from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
 from .previews import Previewing
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
-from .sampling.noise import seeded_noise
 from .sampling.samplers import SamplerStep
+from .starting import Start, from_image, from_noise
 
 
 class ZImagePipeline(Previewing):
@@ -51,8 +64,13 @@ class ZImagePipeline(Previewing):
     _bar_options: Mapping[str, Any] = MappingProxyType({})
 
     def resolve(self, request: AnyRequest) -> ResolvedRequest:
-        """`request` with nothing left open for this model; raises `RequestError` if it cannot work."""
-        return request.resolve(self.variant, shift=self.shift, limits=self.limits)
+        """`request` with nothing left open for this model, its image read; `RequestError` if it cannot work."""
+        limits, asked = self.limits, read_sources(request)
+        resolved = asked.resolve(self.variant, shift=self.shift, limits=limits)
+        if resolved.image is not None:
+            lay_out(resolved, limits)
+            warn_if_fitted(asked, resolved)
+        return resolved
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """tqdm options for the progress bars of later calls, as in diffusers; `disable=True` turns them off."""
@@ -84,6 +102,11 @@ class ZImagePipeline(Previewing):
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
         cache: str | Sequence[int] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        keep_steps: bool | None = None,
+        padding: int | Sequence[int] | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,
@@ -159,25 +182,33 @@ class ZImagePipeline(Previewing):
         return Drawing(self, requests, cancel=cancel, bar_options=options, embed_recipe=embed_recipe).pictures()
 
     def replay(
-        self, picture: str | os.PathLike[str] | Recipe, *, cancel: CancelToken | None = None, progress: bool = False
+        self,
+        picture: str | os.PathLike[str] | Recipe,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        cancel: CancelToken | None = None,
+        progress: bool = False,
     ) -> Replay:
         """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
 
-        Raises `RequestError` if the file has no recipe, or one that this model cannot follow.
+        A picture that was made from an image needs it again, `image` and `mask_image` as they were given then. Raises
+        `RequestError` for others, and if the file has no recipe, or one that this model cannot follow.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
-        if not recipe.replayable:
+        if recipe.given:
             raise RequestError(
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
             )
-        output = self(recipe.request, cancel=cancel, progress=progress)
+        request = recipe.with_images(*read_both(image, mask_image))
+        output = self(request, cancel=cancel, progress=progress)
         assert isinstance(output, ZImageOutput)
-        image = output.images[0]
+        made = output.images[0]
         return Replay(
-            image=image,
+            image=made,
             request=output.requests[0],
-            same_bits=image.recipe.pixels == recipe.pixels,
-            differences=tuple(differences(recipe, image.recipe.model, image.recipe.runtime)),
+            same_bits=made.recipe.pixels == recipe.pixels,
+            differences=tuple(differences(recipe, made.recipe.model, made.recipe.runtime)),
         )
 
     def recipe(self, request: ResolvedRequest, image: Image.Image, strip_levels: int | None = None) -> Recipe:
@@ -204,14 +235,13 @@ class ZImagePipeline(Previewing):
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
         with self._computing():
-            conditioning, latents = self._attempt("prompt", request, call.let_go)(
-                lambda: (self._condition(request, call), self._start(request))
-            )
-        attempt = self._attempt("denoising", request, call.let_go)
-        start = partial(denoising_steps, call.preparation, request, attempt=attempt)
+            conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
+            begun = self._start(request, call)
+        attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
+        start = partial(denoising_steps, call.preparation, request, attempt=attempt, known=begun.known)
         steps = start(conditioning, latents)
         replaced = None
-        for _ in range(request.num_inference_steps):
+        for _ in range(request.steps):
             call.check_cancelled()
             with self._computing():
                 step = steps.send(replaced)
@@ -238,10 +268,12 @@ class ZImagePipeline(Previewing):
             features.append(given.to(self.device))
         return Conditioning(*features)
 
-    def _start(self, request: ResolvedRequest) -> Tensor:
-        given = request.tensors.get("latents")
-        noise = seeded_noise(request.seed, self._latent_shape(request))[None] if given is None else given
-        return noise.to(device=self.device, dtype=torch.float32)
+    def _start(self, request: ResolvedRequest, call: Call) -> Start:
+        shape = self._latent_shape(request)
+        if request.image is None:
+            return self._attempt("prompt", request, call.let_go)(partial(from_noise, request, shape, self.device))
+        encode = partial(from_image, request, shape, self.device, self.autoencoder, self.limits)
+        return self._attempt("prompt", request, call.let_go)(encode)
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         limits = self.limits
@@ -264,10 +296,12 @@ class ZImagePipeline(Previewing):
         """How many levels were decoded in strips, pixels (1, 3, H, W), and for "pil" their picture."""
         strips = self._strip_levels(request)
         pixels = self.autoencoder.decode(latents, strips)
+        if has_mask(request):
+            pixels = lay_out(request, self.limits).put_back(pixels)
         return strips, pixels, to_image(pixels) if output_type == "pil" else None
 
     def _stream(self, request: ResolvedRequest, call: Call, embed_recipe: bool) -> Generator[Step, None, None]:
-        total = request.num_inference_steps
+        total = request.steps
         for step in self._denoise(request, call):
             last = step.index + 1 == total
             yield Step(

@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .caching import noise_levels, resolve_cache
+from .editing import SourceImage, check_steps, resolve_editing, skipped_steps
 from .errors import RequestError
 from .rules import (
     MAX_SEED,
@@ -54,6 +55,14 @@ class GenerationRequest:
         max_sequence_length: tokens of the prompt, template included, that are kept.
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.
         prompt_embeds, negative_prompt_embeds: caption features (tokens, features) instead of the texts.
+        image: what the picture starts from: a path, a Pillow image of any mode, an array (height, width, 3) or a tensor
+            (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are then its own, cropped to
+            multiples of 16; if they are given it is scaled to cover them.
+        mask_image: of the image's size; what is white is repainted, the pixels under black stay as they are.
+        strength: above 0, to 1: how much of the schedule is run, so how much may change. By default 0.6; 1 with a mask
+            or padding.
+        keep_steps: take all `num_inference_steps` on the part of the schedule that is run.
+        padding: pixels to paint around the image: left, top, right, bottom, or one number for all.
         any_size: accept areas outside the range.
     """
 
@@ -74,12 +83,18 @@ class GenerationRequest:
     latents: Tensor | None = field(default=None, compare=False, repr=False)
     prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
     negative_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    image: Any = field(default=None, compare=False, repr=False)
+    mask_image: Any = field(default=None, compare=False, repr=False)
+    strength: float | None = None
+    keep_steps: bool = False
+    padding: int | Sequence[int] | None = None
     any_size: bool = False
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
         """Fill what is open from `variant` and refuse what cannot work; raises `RequestError` with the remedy."""
         limits = limits or Limits()
-        height, width = resolve_size(self, variant, limits)
+        editing = resolve_editing(self, limits)
+        height, width = resolve_size(self, variant, limits, editing.canvas)
         sigmas = resolve_sigmas(self.sigmas)
         prompt, negative_prompt = resolve_texts(self)
         guidance = resolve_guidance(self, variant)
@@ -88,7 +103,8 @@ class GenerationRequest:
             raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         steps = resolve_steps(self.num_inference_steps, sigmas, variant)
         shift = variant.shift if shift is None else shift
-        levels = noise_levels(steps, shift, sigmas)
+        check_steps(steps, editing)
+        levels = noise_levels(steps, shift, sigmas, editing.strength, editing.keep_steps)
         return ResolvedRequest(
             variant=variant.name,
             height=height,
@@ -111,6 +127,11 @@ class GenerationRequest:
             cfg_normalization=guidance.normalization,
             cfg_truncation=guidance.truncation,
             cache=resolve_cache(self.cache, variant, sampler=sampler, levels=levels, truncation=guidance.truncation),
+            image=editing.image,
+            mask_image=editing.mask_image,
+            strength=editing.strength,
+            keep_steps=editing.keep_steps,
+            padding=editing.padding,
         )
 
 
@@ -120,6 +141,7 @@ class ResolvedRequest:
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
     `cache` has the steps that the model is evaluated in, and is empty where that is every one.
+    `strength` is 1 where there is no image.
     `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
     """
 
@@ -138,7 +160,17 @@ class ResolvedRequest:
     sigmas: tuple[float, ...]
     max_sequence_length: int
     cache: tuple[int, ...] = ()
+    image: SourceImage | None = None
+    mask_image: SourceImage | None = None
+    strength: float = 1.0
+    keep_steps: bool = False
+    padding: tuple[int, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that are taken: all, less those that an image is ahead of."""
+        return self.num_inference_steps - skipped_steps(self.num_inference_steps, self.strength, self.keep_steps)
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
         """Itself, checked against the model it is to run on; raises `RequestError` if it was made for another."""
@@ -171,6 +203,11 @@ class ResolvedRequest:
             cache=self.cache or None,
             sigmas=self.sigmas or None,
             max_sequence_length=self.max_sequence_length,
+            image=self.image,
+            mask_image=self.mask_image,
+            strength=None if self.image is None and self.strength == 1 else self.strength,
+            keep_steps=self.keep_steps,
+            padding=self.padding or None,
             any_size=True,
             **given,
         )
@@ -188,6 +225,8 @@ def expand_requests(
     latents: Tensor | None = None,
     prompt_embeds: Tensor | Sequence[Tensor] | None = None,
     negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+    image: Any = None,
+    mask_image: Any = None,
     **shared: Any,
 ) -> list[GenerationRequest]:
     """One request per image of a call, in diffusers' order: all images of the first prompt, then of the second.
@@ -199,6 +238,8 @@ def expand_requests(
         "negative_prompt": _listed("negative_prompt", negative_prompt, str),
         "prompt_embeds": _listed("prompt_embeds", prompt_embeds, None),
         "negative_prompt_embeds": _listed("negative_prompt_embeds", negative_prompt_embeds, None),
+        "image": _listed_images("image", image),
+        "mask_image": _listed_images("mask_image", mask_image),
     }
     prompts = per_prompt["prompt"] or per_prompt["prompt_embeds"]
     if prompts is None:
@@ -241,6 +282,13 @@ def _listed(name: str, value: Any, kind: type | None) -> list[Any] | None:
     if len(value) == 0:
         raise RequestError(f"{name} is an empty list; pass at least one entry")
     return list(value)
+
+
+def _listed_images(name: str, value: Any) -> list[Any] | None:
+    """One for each prompt, or one for all: only a list or a tuple is several."""
+    if isinstance(value, list | tuple):
+        return _listed(name, value, None)
+    return None if value is None else [value]
 
 
 def _expand_seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:

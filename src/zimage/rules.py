@@ -82,11 +82,17 @@ def resolve_texts(request: GenerationRequest) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -> tuple[int, int]:
+def resolve_size(
+    request: GenerationRequest, variant: Variant, limits: Limits, canvas: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width as asked, else those of the `canvas` or, where there is none, the model's own."""
     scale, step = limits.native_side / NATIVE_SIDE, limits.size_multiple
+    if canvas is None:
+        defaults = [max(step, round(getattr(variant, name) * scale / step) * step) for name in ("height", "width")]
+    else:
+        defaults = _sides_of(canvas, (request.height, request.width), step)
     sides = []
-    for name in ("height", "width"):
-        default = max(step, round(getattr(variant, name) * scale / step) * step)
+    for name, default in zip(("height", "width"), defaults, strict=True):
         side = integer(name, _or(getattr(request, name), default), 1, limits.max_side)
         if side % step:
             lower, upper = side // step * step, (side // step + 1) * step
@@ -98,12 +104,22 @@ def resolve_size(request: GenerationRequest, variant: Variant, limits: Limits) -
         raise RequestError(f"any_size must be True or False, got {shown(request.any_size)}")
     least, most = MIN_AREA * scale**2, MAX_AREA * scale**2
     if not request.any_size and not least <= height * width <= most:
+        remedy = "Choose such a size" if canvas is None else "Pass height or width, to which the image is scaled"
         raise RequestError(
             f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the model is made for {least / 1e6:.2g} to "
-            f"{most / 1e6:.2g} ({math.sqrt(least):.0f}² to {math.sqrt(most):.0f}²). Choose such a size, or pass "
+            f"{most / 1e6:.2g} ({math.sqrt(least):.0f}² to {math.sqrt(most):.0f}²). {remedy}, or pass "
             "any_size=True"
         )
     return height, width
+
+
+def _sides_of(canvas: tuple[int, int], asked: tuple[int | None, int | None], step: int) -> list[int]:
+    """Height and width that follow from a canvas: its own, or in its proportion to the one side that was asked for."""
+    given = [(side, own) for side, own in zip(asked, canvas, strict=True) if isinstance(side, int)]
+    if len(given) == 1:
+        side, own = given[0]
+        return [max(step, round(other * side / own / step) * step) for other in canvas]
+    return [max(step, own // step * step) for own in canvas]
 
 
 def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:

@@ -19,7 +19,9 @@ from zimage.cli.options import (
     check_request,
     choose_model,
     known_variant,
+    read_images,
     read_normalization,
+    read_padding,
     read_prompt,
     read_size,
 )
@@ -204,3 +206,23 @@ def test_requests_are_checked_as_far_as_the_variant_is_known() -> None:
     for model in ("base", "Tongyi-MAI/Z-Image"):
         with pytest.raises(RequestError, match="128x128 is"):
             check_request(small, model, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, None), ("64,0,32,8", [64, 0, 32, 8]), (" 64, 0 ,32,8", [64, 0, 32, 8]), ("16", [16] * 4)],
+)
+def test_padding(text: str | None, expected: list[int] | None) -> None:
+    assert read_padding(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "1,2", "1,2,3", "1,2,3,4,5", "-1", "1.5", "x", "1,,2,3"])
+def test_padding_that_is_none(text: str) -> None:
+    with pytest.raises(RequestError, match="--padding must be left,top,right,bottom"):
+        read_padding(text)
+
+
+def test_images_are_read_before_a_model_is_loaded(tmp_path: Path) -> None:
+    assert read_images(None, None) == {}
+    with pytest.raises(RequestError, match="there is no file"):
+        read_images(tmp_path / "none.png", None)

@@ -196,3 +196,29 @@ def test_a_file_cannot_make_anyone_download_a_model(
         started.communicate()
     assert started.returncode == 1
     assert asked
+
+
+def test_a_picture_from_an_image_needs_it_again(zimage: Callable[..., Any], models: Path, tmp_path: Path) -> None:
+    Image.effect_mandelbrot((256, 272), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / "in.png")
+    mask = Image.new("L", (256, 272))
+    mask.paste(255, (128, 0, 256, 272))
+    mask.save(tmp_path / "mask.png")
+    made = ("-m", str(models / "my-base"), "--steps", "4", "--seed", "3", "-o", "out.png", "--json")
+    edits = ("--image", "in.png", "--mask", "mask.png", "--strength", "0.5", "--keep-steps", "--padding", "16,0,0,0")
+    ended = zimage("generate", "a fox", *made, *edits)
+    assert ended.code == 0, ended.err
+    assert "4 steps, from an image at strength 0.5, guidance 4, 272x272" in ended.err
+    report = json.loads(ended.out)
+    asked = report["request"]
+    assert (asked["strength"], asked["keep_steps"], asked["padding"]) == (0.5, True, [16, 0, 0, 0])
+    assert (asked["image"]["width"], asked["mask_image"]["height"]) == (256, 272)
+    assert report["evaluations"] == 8
+    with Image.open(tmp_path / "out.png") as image, Image.open(tmp_path / "in.png") as before:
+        assert image.crop((16, 0, 144, 272)).tobytes() == before.crop((0, 0, 128, 272)).tobytes()
+    ended = zimage("replay", "out.png", "--image", "in.png", "--mask-image", "mask.png")
+    assert (ended.code, ended.out) == (0, "same bits\n"), ended.err
+    for images, said in ((("--image", "in.png"), "pass mask_image"), ((), "pass image"),
+                         (("--image", "out.png", "--mask", "mask.png"), "this image is not the one")):  # fmt: skip
+        ended = zimage("replay", "out.png", *images)
+        assert (ended.code, ended.out) == (2, "")
+        assert said in ended.err

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from zimage.editing import SourceImage
 from zimage.errors import RequestError
 from zimage.files.recipe import MAX_CHARACTERS, Recipe, differences, parameters_text, pixel_digest
 from zimage.request import GenerationRequest, ResolvedRequest
@@ -17,6 +19,9 @@ from zimage.variants import BASE, TURBO, VARIANTS
 MODEL = {"source": "Tongyi-MAI/Z-Image", "revision": "abc", "variant": "base", "fingerprint": "f1"}
 RUNTIME = {"zimage": "0.1.0", "torch": "2.13.0", "dtype": "float32", "device": "cpu"}
 PIXELS = "0123456789abcdef" * 4
+IMAGE, MASK = SourceImage(600, 480, "a" * 64, pixels=[1]), SourceImage(600, 480, "b" * 64, pixels=[2])
+EDITING = {"image", "mask_image", "strength", "keep_steps", "padding"}
+"""What recipes of pictures from an image have besides."""
 
 
 def make(**asked: Any) -> Recipe:
@@ -56,13 +61,59 @@ def test_json_gives_the_same_recipe_back(asked: dict[str, Any]) -> None:
     assert isinstance(again.request.sigmas, tuple)
 
 
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({"image": IMAGE}, {"image", "strength"}),
+        ({"image": IMAGE, "mask_image": MASK}, {"image", "mask_image"}),
+        ({"image": IMAGE, "strength": 0.3, "keep_steps": True}, {"image", "strength", "keep_steps"}),
+        ({"image": IMAGE, "padding": (64, 0, 8, 16)}, {"image", "padding"}),
+    ],
+)
+def test_a_recipe_knows_images_by_their_digest(asked: dict[str, Any], names: set[str]) -> None:
+    recipe = make(**asked)
+    assert recipe.request.image == IMAGE
+    assert recipe.request.image is not None
+    assert recipe.request.image.pixels is None
+    document = json.loads(recipe.to_json())["request"]
+    assert set(document) & EDITING == names
+    assert document["image"] == {"width": 600, "height": 480, "sha256": "a" * 64}
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert again.to_json() == recipe.to_json()
+    assert not again.replayable
+    given = again.with_images(IMAGE, asked.get("mask_image"))
+    assert given == recipe.request
+    assert given.image is IMAGE
+    assert given.mask_image is asked.get("mask_image")
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ((None, MASK), r"made from image \(600x480\), of which its recipe has only a digest; pass image"),
+        ((IMAGE, None), "made from mask_image .* pass mask_image"),
+        ((MASK, MASK), "this image is not the one .* another digest, bbbbbbbbbbbb... and not aaaaaaaaaaaa..."),
+        ((replace(IMAGE, width=601), MASK), "this image is not the one"),
+    ],
+)
+def test_other_images_are_refused(images: tuple[Any, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        make(image=IMAGE, mask_image=MASK).with_images(*images)
+
+
+def test_an_image_too_many_is_refused() -> None:
+    with pytest.raises(RequestError, match="made without image; leave it out"):
+        make().with_images(IMAGE)
+
+
 def test_json_says_what_it_is() -> None:
     document = json.loads(make().to_json())
     assert list(document) == ["format", "request", "given", "model", "runtime", "pixels"]
     assert document["format"] == 1
     assert document["request"]["prompt"] == "ein Fuchs, 狐狸"
     assert document["request"]["num_inference_steps"] == 50
-    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {"tensors", "cache"}
+    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {"tensors", "cache", *EDITING}
     assert "狐狸" in make().to_json()
 
 
@@ -101,6 +152,18 @@ def test_tensors_are_named_not_kept() -> None:
         (altered("", pixels=...), "lacks: pixels"),
         (altered("", pixels="ab"), "64 hexadecimal digits"),
         (altered("", pixels=["0"] * 64), "64 hexadecimal digits"),
+        (altered("request", image="a"), "image is of the wrong type"),
+        (altered("request", image={"width": 8, "height": 8}), "image lacks: sha256"),
+        (altered("request", image={"width": 8, "height": 8.5, "sha256": "a" * 64}), "height of image must be a whole"),
+        (
+            altered("request", image={"width": 8, "height": 2**40, "sha256": "a" * 64}),
+            "height of image must be a whole",
+        ),
+        (altered("request", image={"width": 8, "height": 8, "sha256": "A" * 64}), "sha256 of image must be 64 hexa"),
+        (altered("request", mask_image={"width": 8, "height": 8, "sha256": "a" * 64}), "none is given; pass image"),
+        (altered("request", strength=0.5), "none is given; pass image"),
+        (altered("request", keep_steps=1), "keep_steps is of the wrong type"),
+        (altered("request", padding=[1, 2]), "none is given; pass image"),
         (altered("", given={"latents": 1}), "given must list"),
         (altered("", given=["sigmas"]), "given must list"),
         (altered("", given=[["latents"]]), "given must list"),

@@ -26,15 +26,19 @@ from .options import (
     Device,
     Dtype,
     Force,
+    Image,
     Json,
     LocalFilesOnly,
+    MaskImage,
     Memory,
     Quiet,
     Transformer,
     WeightDtype,
     check_request,
     choose_model,
+    read_images,
     read_normalization,
+    read_padding,
     read_size,
 )
 from .prompts import prompts_of
@@ -84,6 +88,15 @@ def generate(
     cache: Annotated[str | None, typer.Option(help="balanced: predict about half of the steps (base).")] = None,
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
     cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
+    image: Image = None,
+    mask_image: MaskImage = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the image may change, to 1; 0.6, or 1 with a mask or padding.")
+    ] = None,
+    keep_steps: Annotated[bool, typer.Option("--keep-steps", help="Take all steps at any strength.")] = False,
+    padding: Annotated[
+        str | None, typer.Option(help="Paint around the image: left,top,right,bottom in pixels, or one for all.")
+    ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
@@ -108,6 +121,10 @@ def generate(
         cfg_truncation=cfg_truncation,
         max_sequence_length=max_sequence_length,
         any_size=any_size or None,
+        **read_images(image, mask_image),
+        strength=strength,
+        keep_steps=keep_steps or None,
+        padding=read_padding(padding),
         **read_size(size, height, width),
     )
     texts = prompts_of(prompt, file=prompts, expands=expand, number=pick, wildcards=wildcards, seed=seed)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from ..editing import SourceImage
 from ..errors import RequestError
 from ..request import GenerationRequest
 from ..rules import is_unicode
@@ -39,6 +40,11 @@ WeightDtype = Annotated[
 Transformer = Annotated[
     str | None,
     typer.Option("--transformer", help="Its weights: a GGUF or safetensors file, here or owner/name/file on the hub."),
+]
+Image = Annotated[Path | None, typer.Option("--image", help="What the picture starts from.")]
+MaskImage = Annotated[
+    Path | None,
+    typer.Option("--mask", "--mask-image", help="White where the image is repainted, black where it stays."),
 ]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads, not the hub's cache.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
@@ -156,6 +162,26 @@ def read_normalization(text: str | None) -> float | bool | None:
         return float(text)
     except ValueError:
         raise RequestError(f"--cfg-normalization must be true, false or a number, got {text!r}") from None
+
+
+def read_padding(text: str | None) -> list[int] | None:
+    """`padding` of "64,0,64,0" (left, top, right, bottom), or of one number for all sides."""
+    if text is None:
+        return None
+    parts = re.findall(r"\d{1,6}", text, re.ASCII)
+    if not re.fullmatch(r"\s*\d{1,6}\s*(?:,\s*\d{1,6}\s*){0,3}", text, re.ASCII) or len(parts) not in (1, 4):
+        raise RequestError(f"--padding must be left,top,right,bottom like 64,0,64,0, or one number; got {text!r}")
+    return [int(part) for part in parts] * (4 // len(parts))
+
+
+def read_images(image: Path | None, mask_image: Path | None) -> dict[str, SourceImage]:
+    """`image` and `mask_image` as far as they were given, read before any model is loaded."""
+    if image is None and mask_image is None:
+        return {}
+    from ..files.images import read_image, read_mask
+
+    read = {} if image is None else {"image": read_image(image)}
+    return read if mask_image is None else {**read, "mask_image": read_mask(mask_image)}
 
 
 def _unicode(text: str) -> str:

@@ -16,7 +16,7 @@ from ..errors import Cancelled, CheckpointError, RequestError
 from ..memory.planner import FULL
 from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
-from .options import CacheDir, Device, Force, Json, LocalFilesOnly, Memory, Quiet
+from .options import CacheDir, Device, Force, Image, Json, LocalFilesOnly, MaskImage, Memory, Quiet, read_images
 from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import plan_targets, save_picture
 
@@ -32,6 +32,8 @@ def replay(
     file: Annotated[Path, typer.Argument(help="A PNG with a recipe.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this file too.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Use this model, not the one recorded.")] = None,
+    image: Image = None,
+    mask_image: MaskImage = None,
     device: Device = None,
     memory: Memory = None,
     force: Force = False,
@@ -48,20 +50,22 @@ def replay(
 
     recipe = read_recipe(file)
     edited = _is_edited(file, recipe)
-    if not recipe.replayable:
+    if recipe.given:
         raise RequestError(f"{file} was made from {', '.join(recipe.given)}, which the file does not hold")
+    images = read_images(image, mask_image)
+    asked = recipe.with_images(**images)
     if output is not None and output.is_dir():
         output = output / file.name
     if output is not None:
         plan_targets(output, 1, overwrite=force)
     pipe = _load(recipe, model, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only)
-    request = pipe.resolve(recipe.request)
+    request = pipe.resolve(asked)
     start = perf_counter()
     with cancel_on_interrupt() as cancel:
         if not quiet:
             announce(pipe, [request])
         try:
-            result = pipe.replay(recipe, cancel=cancel, progress=shows_progress(quiet))
+            result = pipe.replay(recipe, **images, cancel=cancel, progress=shows_progress(quiet))
             seconds = perf_counter() - start
             if output is not None:
                 save_picture(result.image, output, overwrite=force)

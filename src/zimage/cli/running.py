@@ -54,8 +54,9 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
     more = ", ..." if len(requests) > _SEEDS_SHOWN else ""
     parts = [
         pipe.variant.name,
-        f"{first.num_inference_steps} steps" + ("" if first.sampler == "euler" else f" of {first.sampler}"),
+        f"{first.steps} steps" + ("" if first.sampler == "euler" else f" of {first.sampler}"),
         *([f"{len(first.cache)} of them evaluated"] if first.cache else []),
+        *([f"from an image at strength {first.strength:g}"] if first.image is not None else []),
         f"guidance {first.guidance_scale:g}",
         f"{first.width}x{first.height}",
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
@@ -87,7 +88,9 @@ def evaluations(request: ResolvedRequest) -> int:
         counted += 2 if is_guided(times[sigma], request.guidance_scale, request.cfg_truncation) else 1
         return latents
 
-    levels = shifted_sigmas(request.num_inference_steps, request.shift, request.sigmas)
+    levels = shifted_sigmas(
+        request.num_inference_steps, request.shift, request.sigmas, request.strength, request.keep_steps
+    )
     sigmas = levels.tolist()
     times = dict(zip(sigmas, model_timesteps(levels).tolist(), strict=True))
     for _ in sample(SAMPLERS[request.sampler], velocity, zeros(1), sigmas, request.cache):

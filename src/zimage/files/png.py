@@ -107,7 +107,7 @@ def read_recipe(source: AnyPath | IO[bytes] | Image.Image) -> Recipe:
     if not isinstance(source, PATHS):
         return _read(source, "this file")
     name = os.fsdecode(source)
-    with _regular_file(source, name) as file:
+    with regular_file(source, name) as file:
         return _read(file, name)
 
 
@@ -135,7 +135,7 @@ def _recipe_in(image: PngImageFile, name: str) -> Recipe:
     return Recipe.from_json(str(text))
 
 
-def _regular_file(path: AnyPath, name: str) -> IO[bytes]:
+def regular_file(path: AnyPath, name: str) -> IO[bytes]:
     """Open a regular file of a sane size; a pipe or device is refused without waiting for it."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:

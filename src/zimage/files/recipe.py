@@ -14,9 +14,10 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..editing import SourceImage
 from ..errors import RequestError
 from ..request import ResolvedRequest
-from ..rules import is_unicode, shown
+from ..rules import integer, is_unicode, shown
 from ..variants import get_variant
 
 if TYPE_CHECKING:
@@ -27,10 +28,14 @@ FORMAT = 1
 MAX_CHARACTERS = 2**20
 """Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
 MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
+IMAGE_NAMES = ("image", "mask_image")
+_IMAGE_KEYS = ("width", "height", "sha256")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
 _MAX_SHIFT = 1000.0
+MAX_IMAGE_SIDE = 2**26
+"""Pixels; more than any image has that is read."""
 _SAMPLER_TITLES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
 
 
@@ -39,7 +44,8 @@ class Recipe:
     """What one picture was made from, with what, and a digest of its pixels to tell whether it came out the same.
 
     Args:
-        request: the request, resolved. Tensors in it are not kept: their names go to `given`.
+        request: the request, resolved. Tensors in it are not kept: their names go to `given`. Of image and mask it
+            has size and digest.
         model: `source` (hub id or folder), `revision`, `variant` and `fingerprint` of the weights, and `transformer`,
             the file that this came from if not from there; "" is unknown.
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
@@ -55,8 +61,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
+        known: dict[str, Any] = {name: one and replace(one, pixels=None) for name, one in _images(self.request).items()}
         for name, value in {
-            "request": replace(self.request, tensors={}),
+            "request": replace(self.request, tensors={}, **known),
             "model": {"transformer": "", **_texts("model", self.model)},
             "runtime": _texts("runtime", self.runtime),
             "given": given,
@@ -65,17 +72,36 @@ class Recipe:
         _exact_keys("model", self.model, MODEL_KEYS)
         if self.model["variant"] not in ("", self.request.variant):
             raise RequestError(f"the recipe is for {self.request.variant}, but its model is {self.model['variant']}")
-        if not isinstance(self.pixels, str) or len(self.pixels) != 64 or set(self.pixels) - set("0123456789abcdef"):
-            raise RequestError(f"the recipe's pixels must be 64 hexadecimal digits, got {shown(self.pixels)}")
+        _digest("the recipe's pixels", self.pixels)
 
     @property
     def replayable(self) -> bool:
-        """Whether the recipe alone is enough: no tensors were given that it does not contain."""
-        return not self.given
+        """Whether the recipe alone is enough: no tensors or images were given that it does not contain."""
+        return not self.given and self.request.image is None
+
+    def with_images(self, image: SourceImage | None = None, mask_image: SourceImage | None = None) -> ResolvedRequest:
+        """The request, with the images that it needs; raises `RequestError` for one that is not given, not needed, or
+        not the one that the recipe names."""
+        found: dict[str, Any] = dict(zip(IMAGE_NAMES, (image, mask_image), strict=True))
+        for name, known in _images(self.request).items():
+            came = found[name]
+            if known is None and came is not None:
+                raise RequestError(f"the picture was made without {name}; leave it out")
+            if known is not None and came is None:
+                raise RequestError(
+                    f"the picture was made from {name} ({known.width}x{known.height}), of which its recipe has only a "
+                    f"digest; pass {name}"
+                )
+            if known is not None and known != came:
+                raise RequestError(
+                    f"this {name} is not the one that the picture was made from: its pixels have another digest, "
+                    f"{came and came.digest[:12]}... and not {known.digest[:12]}..."
+                )
+        return replace(self.request, **found)
 
     def to_json(self) -> str:
         """The recipe as one line of JSON, which `from_json` reads back to an equal recipe."""
-        values = {name: getattr(self.request, name) for name in _request_types()}
+        values = {name: _plain(getattr(self.request, name)) for name in _request_types()}
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
         document = dict(zip(_PARTS, contents, strict=True))
@@ -145,6 +171,8 @@ def parameters_text(recipe: Recipe) -> str:
         "Model": _one_line(PurePath(recipe.model["source"]).name or get_variant(request.variant).title),
         "Version": f"zimage {_one_line(recipe.runtime.get('zimage', ''))}".strip(),
     }
+    if request.image is not None:
+        values["Denoising strength"] = f"{request.strength:g}"
     lines = [_one_line(request.prompt)]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {_one_line(request.negative_prompt)}")
@@ -188,6 +216,8 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "tuple[float, ...]": (list,),
     "tuple[int, ...]": (list,),
+    "bool": (bool,),
+    "SourceImage | None": (dict,),
 }
 
 
@@ -203,8 +233,32 @@ def _read_request(document: Any) -> ResolvedRequest:
     shift = document["shift"]
     if not 0 < shift <= _MAX_SHIFT:
         raise RequestError(f"shift must be a number above 0 and up to {_MAX_SHIFT:g}, got {shown(shift)}")
-    request = ResolvedRequest(**{**document, "shift": float(shift)})
+    images = {name: _read_image(name, document[name]) for name in IMAGE_NAMES if name in document}
+    request = ResolvedRequest(**{**document, **images, "shift": float(shift)})
     return request.resolve(get_variant(request.variant), shift=request.shift)
+
+
+def _images(request: ResolvedRequest) -> dict[str, SourceImage | None]:
+    return {name: getattr(request, name) for name in IMAGE_NAMES}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a request as JSON has it."""
+    if isinstance(value, SourceImage):
+        return dict(zip(_IMAGE_KEYS, (value.width, value.height, value.digest), strict=True))
+    return value
+
+
+def _read_image(name: str, document: Mapping[str, Any]) -> SourceImage:
+    _exact_keys(name, document, _IMAGE_KEYS)
+    width, height = (integer(f"{key} of {name}", document[key], 1, MAX_IMAGE_SIDE) for key in ("width", "height"))
+    return SourceImage(width, height, _digest(f"sha256 of {name}", document["sha256"]))
+
+
+def _digest(name: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise RequestError(f"{name} must be 64 hexadecimal digits, got {shown(value)}")
+    return value
 
 
 def _exact_keys(name: str, document: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

@@ -1,7 +1,7 @@
-"""Latents to pixels, one image at a time, with the weights of diffusers' AutoencoderKL; knows no prompts and no files.
+"""Latents to pixels and back, one image at a time, with the weights of diffusers' AutoencoderKL; knows no prompts.
 
-The decoder's modules are called in diffusers' order. What lies between them is done in place: a decode touches half
-the memory, which is most of its time where convolutions are cheap, and every bit stays as it was.
+The modules of decoder and encoder are called in diffusers' order. What lies between them is done in place: a decode
+touches half the memory, which is most of its time where convolutions are cheap, and every bit stays as it was.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from PIL import Image
 from torch import Tensor
 from torch.nn import SiLU
@@ -45,6 +45,28 @@ class Autoencoder:
         pixels = finite(lambda: self._pixels(scaled, strip_levels), "the image decoder")
         return (pixels * 0.5).add_(0.5).clamp_(0, 1)
 
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Pixels (1, 3, 8h, 8w) of one image in [0, 1] to latents (1, 16, h, w), in float32.
+
+        As in diffusers' pipelines a sample of the encoder's distribution, `mean + deviation · noise`, and of it
+        `(z - shift_factor) · scaling_factor`. Raises `NonFiniteError` if it is not finite in float32 either.
+        """
+        config = self.vae.config
+        wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
+        moments = finite(lambda: self._moments(wide), "the image encoder")
+        posterior = DiagonalGaussianDistribution(moments.float())
+        sampled = posterior.mean + posterior.std * noise
+        latents: Tensor = (sampled - (config.shift_factor or 0.0)) * config.scaling_factor
+        return latents.contiguous()
+
+    def _moments(self, wide: Tensor) -> Tensor:
+        """The encoder's output (1, 32, h, w): mean and logarithm of the variance."""
+        if _is_plain_encoder(self.vae):
+            return _encoder(self.vae.encoder, wide)
+        moments: Tensor = self.vae.encode(wide, return_dict=False)[0].parameters
+        return moments
+
     def _pixels(self, scaled: Tensor, strip_levels: int = 0) -> Tensor:
         """The decoder's output (1, 3, 8h, 8w), around [-1, 1]."""
         if _is_plain(self.vae):
@@ -60,14 +82,29 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def _is_plain(vae: Any) -> bool:
     """Whether `vae` decodes as `_decoder` does: untiled, of the blocks known here, nothing hooked."""
-    if type(vae) is not AutoencoderKL or vae.use_tiling or vae.post_quant_conv is not None or hasattr(vae, "_hf_hook"):
+    if not _is_bare_class(vae) or vae.post_quant_conv is not None:
         return False
-    blocks = (vae.decoder.mid_block, *vae.decoder.up_blocks)
+    return type(vae.decoder) is Decoder and _is_made_of(vae.decoder, vae.decoder.up_blocks, UpDecoderBlock2D)
+
+
+def _is_plain_encoder(vae: Any) -> bool:
+    """Whether `vae` encodes as `_encoder` does."""
+    if not _is_bare_class(vae) or vae.quant_conv is not None:
+        return False
+    return type(vae.encoder) is Encoder and _is_made_of(vae.encoder, vae.encoder.down_blocks, DownEncoderBlock2D)
+
+
+def _is_bare_class(vae: Any) -> bool:
+    return type(vae) is AutoencoderKL and not vae.use_tiling and not hasattr(vae, "_hf_hook")
+
+
+def _is_made_of(half: Any, levels: Any, kind: type) -> bool:
+    """Whether all blocks of an encoder or a decoder are known here, its levels of one `kind`, and nothing is hooked."""
     return (
-        type(vae.decoder) is Decoder
-        and all(type(block) in (UNetMidBlock2D, UpDecoderBlock2D) for block in blocks)
-        and all(_is_plain_residual(residual) for block in blocks for residual in block.resnets)
-        and all(is_bare(module) for module in vae.decoder.modules())
+        type(half.mid_block) is UNetMidBlock2D
+        and all(type(block) is kind for block in levels)
+        and all(_is_plain_residual(residual) for block in (half.mid_block, *levels) for residual in block.resnets)
+        and all(is_bare(module) for module in half.modules())
     )
 
 
@@ -83,10 +120,7 @@ def _is_plain_residual(block: Any) -> bool:
 
 
 def _decoder(decoder: Any, scaled: Tensor, strip_levels: int) -> Tensor:
-    middle = decoder.mid_block
-    hidden = _residual(middle.resnets[0], decoder.conv_in(scaled))
-    for attention, residual in zip(middle.attentions, middle.resnets[1:], strict=True):
-        hidden = _residual(residual, hidden if attention is None else attention(hidden, temb=None))
+    hidden = _middle(decoder.mid_block, decoder.conv_in(scaled))
     blocks = list(decoder.up_blocks)
     for number, block in enumerate(blocks, start=1):
         for residual in block.resnets:
@@ -96,6 +130,24 @@ def _decoder(decoder: Any, scaled: Tensor, strip_levels: int) -> Tensor:
         for upsampler in block.upsamplers or ():
             hidden = upsampler(hidden)  # (1, C, 2H, 2W)
     return decoder.conv_out(activate(decoder.conv_norm_out, hidden))
+
+
+def _encoder(encoder: Any, wide: Tensor) -> Tensor:
+    hidden = encoder.conv_in(wide)
+    for block in encoder.down_blocks:
+        for residual in block.resnets:
+            hidden = _residual(residual, hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = downsampler(hidden)  # (1, C, H/2, W/2)
+    hidden = _middle(encoder.mid_block, hidden)
+    return encoder.conv_out(activate(encoder.conv_norm_out, hidden))
+
+
+def _middle(block: Any, hidden: Tensor) -> Tensor:
+    hidden = _residual(block.resnets[0], hidden)
+    for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
+        hidden = _residual(residual, hidden if attention is None else attention(hidden, temb=None))
+    return hidden
 
 
 def _residual(block: Any, hidden: Tensor) -> Tensor:

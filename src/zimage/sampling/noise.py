@@ -15,8 +15,12 @@ _STATE_SEED_BYTES = 8
 
 def seeded_noise(seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise of `shape` in float32 on the CPU, from a generator of its own."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float32)
+    return noise_of(torch.Generator("cpu").manual_seed(seed), shape)
+
+
+def noise_of(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """The next standard normal noise of `shape` in float32 that a generator gives, where that is."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def fresh_seed(generator: torch.Generator) -> int | None:
@@ -38,12 +42,31 @@ def generator_noise(
     """
     if isinstance(generator, torch.Generator):
         first = fresh_seed(generator)
-        noise = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+        noise = noise_of(generator, shape)
         return [(first if index == 0 else None, image) for index, image in enumerate(noise)]
-    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise RequestError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
-    if len(generator) != shape[0]:
-        raise RequestError(
-            f"generator has {len(generator)} entries for {shape[0]} images; pass one, or one for each image"
-        )
+    check_generators(generator, shape[0])
     return [pair for one in generator for pair in generator_noise(one, (1, *shape[1:]))]
+
+
+def generator_seeds(generator: torch.Generator | Sequence[torch.Generator], count: int) -> list[int]:
+    """A seed for each of `count` images: that of a fresh CPU generator, which repeats its first image, else one drawn.
+
+    For pictures that start from an image: they need more than one draw, which a seed repeats and a tensor of noise does
+    not. Raises `RequestError` for anything but a generator or a list of them.
+    """
+    if isinstance(generator, torch.Generator):
+        first = fresh_seed(generator)
+        drawn: list[int] = torch.randint(2**32, (count,), generator=generator, device=generator.device).tolist()
+        return drawn if first is None else [first, *drawn[1:]]
+    check_generators(generator, count)
+    return [seed for one in generator for seed in generator_seeds(one, 1)]
+
+
+def check_generators(generators: object, count: int) -> None:
+    """Raises `RequestError` unless there is a generator for each of `count` images."""
+    if not isinstance(generators, Sequence) or not all(isinstance(one, torch.Generator) for one in generators):
+        raise RequestError(f"generator must be a torch.Generator or a list of them, got {type(generators).__name__}")
+    if len(generators) != count:
+        raise RequestError(
+            f"generator has {len(generators)} entries for {count} images; pass one, or one for each image"
+        )

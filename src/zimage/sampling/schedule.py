@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..editing import skipped_steps
 
-def shifted_sigmas(steps: int, shift: float, sigmas: Sequence[float] = ()) -> Tensor:
+
+def shifted_sigmas(
+    steps: int, shift: float, sigmas: Sequence[float] = (), strength: float = 1.0, keep_steps: bool = False
+) -> Tensor:
     """Noise levels (steps + 1,) in float32 on the CPU, from at most 1 down to the final 0.
 
     `linspace(1, 1/steps, steps)`, or the given `sigmas` in its place, goes through the static shift
     `shift·s / (1 + (shift − 1)·s)` (Stable Diffusion 3, arXiv 2403.03206, eq. 23). The operations and their order
     are those of diffusers' Z-Image pipeline and FlowMatchEulerDiscreteScheduler, so that the bits are too.
+
+    Below `strength` 1 an image is ahead of the first steps, and their levels are left out; or, with `keep_steps`, all
+    levels are brought down to it before the shift.
     """
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
     levels = torch.tensor(sigmas, **kind) if len(sigmas) else torch.linspace(1.0, 1.0 / steps, steps, **kind)
+    if keep_steps:
+        levels = strength * levels
     levels = shift * levels / (1 + (shift - 1) * levels)
+    levels = levels[skipped_steps(steps, strength, keep_steps) :]
     return torch.cat([levels, torch.zeros(1, **kind)])
 
 

@@ -1,0 +1,112 @@
+"""The canvas of a picture that starts from an image: the image as it was asked for, and where it is repainted.
+
+From a resolved request to pixels, and from a decoder's pixels to the picture: what is not repainted is put back, bit
+for bit. Knows no models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from torch import Tensor
+
+from .editing import SourceImage
+from .errors import RequestError
+from .request import ResolvedRequest
+from .rules import Limits
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """`pixels` (1, 3, H, W) in [0, 1], float32 on the CPU; `painted` and `added` (1, 1, H, W) are True under the mask's
+    white, and in the padding."""
+
+    pixels: Tensor
+    painted: Tensor
+    added: Tensor
+
+    def repaint(self, scale: int) -> Tensor:
+        """(1, 1, H / scale, W / scale): the latents that are repainted.
+
+        Of the mask as in diffusers: where the upper left pixel of a latent's square is white. Of the padding any.
+        """
+        padding = F.max_pool2d(self.added.float(), scale) > 0
+        return self.painted[:, :, ::scale, ::scale] | padding
+
+    def put_back(self, pixels: Tensor) -> Tensor:
+        """`pixels` (1, 3, H, W) of a decoder with the canvas' own, bit for bit, where nothing is repainted."""
+        repaint = (self.painted | self.added).to(pixels.device)
+        return torch.where(repaint, pixels.float(), self.pixels.to(pixels.device))
+
+
+def has_mask(request: ResolvedRequest) -> bool:
+    """Whether parts of the image stay as they are."""
+    return request.mask_image is not None or bool(request.padding)
+
+
+def lay_out(request: ResolvedRequest, limits: Limits) -> Canvas:
+    """The canvas of a request with an image, for a model with these `limits`.
+
+    Padding repeats the image's edge. A canvas that is larger than the picture by less than a token is cropped evenly on
+    both sides; otherwise it is scaled to cover the picture (Lanczos; masks by the nearest pixel) and then cropped.
+    Raises `RequestError` if its mask is too thin to repaint anything.
+    """
+    image = _pixels("image", request.image)
+    painted = np.zeros(image.shape[:2], dtype=bool)
+    if request.mask_image is not None:
+        painted = _pixels("mask_image", request.mask_image)
+    added = np.zeros(image.shape[:2], dtype=bool)
+    left, top, right, bottom = request.padding or (0, 0, 0, 0)
+    around = (top, bottom), (left, right)
+    image = np.pad(image, (*around, (0, 0)), mode="edge")
+    painted, added = np.pad(painted, around), np.pad(added, around, constant_values=True)
+    fitted, *masks = (
+        _fit(part, request.height, request.width, limits.size_multiple) for part in (image, painted, added)
+    )
+    numbers = fitted.astype(np.float32) / 255 if fitted.dtype == np.uint8 else fitted
+    canvas = Canvas(
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(numbers, -1, 0)))[None],
+        *(torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in masks),
+    )
+    scale = limits.latent_scale
+    if has_mask(request) and not canvas.repaint(scale).any():
+        raise RequestError(
+            f"what mask_image marks is too small to be repainted; it takes a square of {scale}x{scale} pixels"
+        )
+    return canvas
+
+
+def _pixels(name: str, source: SourceImage | None) -> Array:
+    if source is None or source.pixels is None:
+        raise RequestError(f"{name} is known by its digest only, as a recipe has it; pass {name} itself")
+    pixels: Array = source.pixels
+    return pixels
+
+
+def _fit(part: Array, height: int, width: int, token: int) -> Array:
+    own_height, own_width = part.shape[:2]
+    if not (0 <= own_height - height < token and 0 <= own_width - width < token):
+        ratio = max(height / own_height, width / own_width)
+        own_height, own_width = max(height, round(own_height * ratio)), max(width, round(own_width * ratio))
+        part = _scaled(part, own_height, own_width)
+    top, left = (own_height - height) // 2, (own_width - width) // 2
+    return part[top : top + height, left : left + width]
+
+
+def _scaled(part: Array, height: int, width: int) -> Array:
+    if part.dtype == np.bool_:
+        return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST))
+    if part.dtype == np.uint8:
+        return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.LANCZOS))
+    channels = [
+        np.asarray(Image.fromarray(part[:, :, channel]).resize((width, height), Image.Resampling.LANCZOS))
+        for channel in range(3)
+    ]
+    return np.clip(np.stack(channels, axis=-1), 0, 1)
