@@ -30,7 +30,19 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
     ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
-    ("runtime", "components", "denoiser", "callbacks", "calls", "many", "output", "parts", "pipeline", "placed"),
+    (
+        "runtime",
+        "components",
+        "denoiser",
+        "callbacks",
+        "calls",
+        "many",
+        "output",
+        "parts",
+        "pipeline",
+        "placed",
+        "adapted",
+    ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
 ALSO = {"cli": {"bench"}, "bench": {"testing"}}

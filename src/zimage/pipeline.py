@@ -52,7 +52,7 @@ class ZImagePipeline(Parts):
 
     def resolve(self, request: AnyRequest) -> ResolvedRequest:
         """`request` with nothing left open for this model; raises `RequestError` if it cannot work."""
-        return request.resolve(self.variant, shift=self.shift, limits=self.limits)
+        return self._with_adapters(request).resolve(self.variant, shift=self.shift, limits=self.limits)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """tqdm options for the progress bars of later calls, as in diffusers; `disable=True` turns them off."""
@@ -84,6 +84,7 @@ class ZImagePipeline(Parts):
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
         cache: str | Sequence[int] | None = None,
+        adapters: Mapping[str, float] | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,
@@ -96,6 +97,7 @@ class ZImagePipeline(Parts):
             num_images_per_prompt: image k of the call has the seed `seed + k`.
             generator: instead of `seed`; its noise is drawn as diffusers draws it.
             latents: (images, 16, height/8, width/8) instead of a seed.
+            joint_attention_kwargs: {"scale": s} makes every adapter's strength s times what it else would be.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) or "latent".
             return_dict: `False` returns `(images,)`.
             callback_on_step_end: called after each step of each image with (pipeline, step, timestep, tensors);
@@ -109,7 +111,7 @@ class ZImagePipeline(Parts):
         options = {name: value for name, value in locals().items() if name in PICTURE_OPTIONS and value is not None}
         check_output_type(output_type)
         if joint_attention_kwargs:
-            raise RequestError("joint_attention_kwargs scales adapters and none is attached; leave it out")
+            options["adapters"] = self._scaled(adapters, joint_attention_kwargs)
         hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         requests = resolve_call(
             prompt, options, num_images_per_prompt, generator, resolve=self.resolve, latent_shape=self._latent_shape
@@ -163,13 +165,15 @@ class ZImagePipeline(Parts):
     ) -> Replay:
         """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
 
-        Raises `RequestError` if the file has no recipe, or one that this model cannot follow.
+        Raises `RequestError` if the file has no recipe, or one that this model cannot follow, `AdapterError` if it was
+        made with adapters that are not loaded by the same names from the same files.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         if not recipe.replayable:
             raise RequestError(
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
             )
+        self._require_adapters(recipe)
         output = self(recipe.request, cancel=cancel, progress=progress)
         assert isinstance(output, ZImageOutput)
         image = output.images[0]
@@ -198,22 +202,24 @@ class ZImagePipeline(Parts):
                 compiled=self.compiled,
             ),
             pixels=pixel_digest(image),
+            adapters=self._described_adapters(request),
         )
 
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
+        adapters = self._attachments.pick(request.adapters)
         with self._computing():
             conditioning, latents = self._attempt("prompt", request, call.let_go)(
                 lambda: (self._condition(request, call), self._start(request))
             )
         attempt = self._attempt("denoising", request, call.let_go)
-        start = partial(denoising_steps, call.preparation, request, attempt=attempt)
+        start = partial(denoising_steps, call.preparation.under(adapters), request, attempt=attempt)
         steps = start(conditioning, latents)
         replaced = None
         for _ in range(request.num_inference_steps):
             call.check_cancelled()
-            with self._computing():
+            with self._computing(adapters):
                 step = steps.send(replaced)
             latents, replaced = step.latents, None
             if call.bar is not None:

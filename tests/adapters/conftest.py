@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,53 @@ def in_format(request: pytest.FixtureRequest, reference: Reference, tmp_path_fac
 def ink(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference as diffusers writes it."""
     return write(tmp_path_factory.mktemp("ink"), diffusers(reference), "ink.safetensors")
+
+
+@pytest.fixture(scope="session")
+def _loaded(turbo_folder: Path) -> ZImagePipeline:
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(_loaded: ZImagePipeline) -> Iterator[ZImagePipeline]:
+    """A pipeline that a test may put adapters on; they are taken off after it."""
+    yield _loaded
+    _loaded.unload_lora_weights()
+
+
+@pytest.fixture(scope="session")
+def checksum() -> Callable[[ZImagePipeline], str]:
+    """Of all names and bytes in the transformer's state dict, and of which modules are where."""
+
+    def compute(pipe: ZImagePipeline) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in pipe.transformer.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, module in pipe.transformer.named_modules():
+            digest.update(f"{name} {id(module)} {type(module)} {sorted(vars(module))}".encode())
+        return digest.hexdigest()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def draw(small_picture: dict[str, Any]) -> Callable[..., Tensor]:
+    """The latents of a small picture."""
+
+    def drawing(pipe: ZImagePipeline, **options: Any) -> Tensor:
+        output = pipe(**{"prompt": "a fox", "seed": 7, **small_picture, **options}, output_type="latent")
+        assert not isinstance(output, tuple)
+        return output.images
+
+    return drawing
+
+
+@pytest.fixture(scope="session")
+def small_picture() -> dict[str, Any]:
+    return {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 2}
 
 
 WriteLora = Callable[..., Path]

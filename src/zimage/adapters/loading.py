@@ -10,8 +10,12 @@ from .origin import foreign_architecture, trained_variant
 from .source import Place, read_content
 
 
-def load(place: Place, layers: Mapping[str, Shape], variant: str) -> tuple[Adapter, tuple[str, ...]]:
+def load(
+    place: Place, layers: Mapping[str, Shape], variant: str, source: str | None = None
+) -> tuple[Adapter, tuple[str, ...]]:
     """The LoRA at `place` for a model of a `variant` with these `layers`, and what to warn of.
+
+    `source` is what it is remembered to be from, if not what it is called.
 
     Raises `AdapterError` for a file that is damaged, of another architecture or kind, or does not fit.
     """
@@ -21,7 +25,7 @@ def load(place: Place, layers: Mapping[str, Shape], variant: str) -> tuple[Adapt
         raise AdapterError(f"{place.name} was made for {foreign}, as its metadata says; take a LoRA for Z-Image")
     deltas, report = match(content.tensors, layers, place.name, content.scaling)
     trained = trained_variant(content.metadata)
-    adapter = Adapter(source=place.name, digest=content.digest, deltas=deltas, report=report, variant=trained)
+    adapter = Adapter(source=source or place.name, digest=content.digest, deltas=deltas, report=report, variant=trained)
     notices = [unmatched_notice(report, place.name)]
     if trained not in (None, variant):
         notices.append(

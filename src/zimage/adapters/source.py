@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.headers import Entry, Header, read_header
 from ..checkpoint.hub import Repository
-from ..checkpoint.reading import MAX_CONFIG, exists, open_regular, parse_json, read_json, reason, shown
+from ..checkpoint.reading import MAX_CONFIG, exists, open_regular, parse_json, read_bytes, reason, shown
 from ..errors import AdapterError, CheckpointError
 from .adapter import Scaling
 
@@ -37,16 +37,20 @@ _PLAIN = re.compile(r"\^?[\w.-]{1,200}\$?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A LoRA's file, PEFT's config beside it if there is one, and its name as recipes have it."""
+    """A LoRA's file, PEFT's config beside it if there is one, and what it is called; `hub` if it is from there."""
 
     file: Path
     config: Path | None
     name: str
+    hub: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Content:
-    """All that a file holds: tensors, metadata, its SHA-256, and what stands for alpha where that is missing."""
+    """All that a file holds: tensors, metadata, its SHA-256, and what stands for alpha where that is missing.
+
+    With PEFT's config beside it the digest is of both, the file first, for that decides too.
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -92,7 +96,7 @@ def locate_adapter(
         )
         file, name = _on_hub(repository, found[2] or weight_name)
         config = repository.fetch(CONFIG) if name == NAMES[1] else None
-        return Place(file=file, config=config, name=f"{found[1]}/{name}")
+        return Place(file=file, config=config, name=f"{found[1]}/{name}", hub=True)
 
 
 def read_content(place: Place) -> Content:
@@ -100,7 +104,8 @@ def read_content(place: Place) -> Content:
     with _as_adapter_error():
         header = read_header(place.file)
         metadata = parse_json(header.raw, str(place.file)).get("__metadata__", {})
-        config = _config(place, metadata)
+        beside = None if place.config is None else read_bytes(place.config, MAX_CONFIG)
+        config = _config(place, beside, metadata)
         digest = hashlib.sha256(len(header.raw).to_bytes(8, "little") + header.raw)
         tensors = {}
         entries = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
@@ -112,6 +117,7 @@ def read_content(place: Place) -> Content:
                     digest.update(content)
             except OSError as error:
                 raise AdapterError(f"{place.file} cannot be read: {reason(error)}") from error
+        digest.update(beside or b"")
         names = {key: str(config[key]) for key in ("base_model_name_or_path",) if config.get(key)}
         return Content(
             tensors={name: tensors[name] for name in header.entries},
@@ -176,10 +182,10 @@ def _read(file: Any, entry: Entry, name: str, header: Header) -> tuple[Tensor, A
     return raw.view(_DTYPES[entry.dtype]).view(entry.shape), content
 
 
-def _config(place: Place, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _config(place: Place, beside: bytes | None, metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's config, from its own file or from what diffusers writes into the metadata."""
-    if place.config is not None:
-        return read_json(place.config, MAX_CONFIG)
+    if beside is not None:
+        return parse_json(beside, str(place.config))
     if METADATA_CONFIG not in metadata:
         return {}
     packed = parse_json(metadata[METADATA_CONFIG].encode(), f"{place.file} ({METADATA_CONFIG})")

@@ -28,12 +28,14 @@ from .options import (
     Force,
     Json,
     LocalFilesOnly,
+    Lora,
     Memory,
     Quiet,
     Transformer,
     WeightDtype,
     check_request,
     choose_model,
+    read_loras,
     read_normalization,
     read_prompt,
     read_size,
@@ -79,6 +81,7 @@ def generate(
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
     cfg_truncation: Annotated[float | None, typer.Option(help="No guidance once 1 - sigma exceeds this.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
+    adapters: Lora = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
     force: Force = False,
@@ -107,6 +110,7 @@ def generate(
     requests = expand_requests(read_prompt(prompt), **options)
     check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
+    loras = read_loras(adapters)
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)
@@ -125,6 +129,9 @@ def generate(
     )
     offline = local_files_only or choice.is_there
     pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
+    for lora in loras:
+        more = _given(strength=lora.strength, cache_dir=cache_dir)
+        pipe.load_adapter(lora.source, lora.name, local_files_only=local_files_only, **more)
     resolved = [pipe.resolve(request) for request in requests]
     _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 

@@ -57,6 +57,7 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
         f"{first.num_inference_steps} steps" + ("" if first.sampler == "euler" else f" of {first.sampler}"),
         *([f"{len(first.cache)} of them evaluated"] if first.cache else []),
         f"guidance {first.guidance_scale:g}",
+        *(f"{name} at {value:g}" for name, value in first.adapters),
         f"{first.width}x{first.height}",
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}",

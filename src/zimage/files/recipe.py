@@ -10,7 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +27,7 @@ FORMAT = 1
 MAX_CHARACTERS = 2**20
 """Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
 MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
+ADAPTER_KEYS = ("source", "digest")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
@@ -45,6 +46,7 @@ class Recipe:
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
         pixels: `pixel_digest` of the picture.
         given: names of tensors that the request had in place of texts or noise.
+        adapters: of each adapter of the request by name, its `source` (hub id or file) and the `digest` of its file.
     """
 
     request: ResolvedRequest
@@ -52,6 +54,7 @@ class Recipe:
     runtime: Mapping[str, str]
     pixels: str
     given: tuple[str, ...] = ()
+    adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
@@ -60,6 +63,7 @@ class Recipe:
             "model": {"transformer": "", **_texts("model", self.model)},
             "runtime": _texts("runtime", self.runtime),
             "given": given,
+            "adapters": _adapters(self.adapters, self.request),
         }.items():
             object.__setattr__(self, name, value)
         _exact_keys("model", self.model, MODEL_KEYS)
@@ -78,7 +82,7 @@ class Recipe:
         values = {name: getattr(self.request, name) for name in _request_types()}
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
-        document = dict(zip(_PARTS, contents, strict=True))
+        document = dict(zip(_PARTS, contents, strict=True)) | ({"adapters": self.adapters} if self.adapters else {})
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
         return text if is_unicode(text) else json.dumps(document, allow_nan=False)
 
@@ -91,13 +95,14 @@ class Recipe:
             raise RequestError("this is not a zimage recipe: it has no format number")
         if version != FORMAT:
             raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
-        _exact_keys("recipe", document, _PARTS)
+        _exact_keys("recipe", document, (*_PARTS, "adapters"), optional=("adapters",))
         given = document["given"]
         if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
             raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
         try:
             request = _read_request(document["request"])
-            return cls(request, document["model"], document["runtime"], document["pixels"], tuple(given))
+            model, runtime, pixels = (document[part] for part in ("model", "runtime", "pixels"))
+            return cls(request, model, runtime, pixels, tuple(given), document.get("adapters", {}))
         except RequestError as error:
             raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
 
@@ -188,6 +193,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "tuple[float, ...]": (list,),
     "tuple[int, ...]": (list,),
+    "tuple[tuple[str, float], ...]": (list,),
 }
 
 
@@ -203,8 +209,21 @@ def _read_request(document: Any) -> ResolvedRequest:
     shift = document["shift"]
     if not 0 < shift <= _MAX_SHIFT:
         raise RequestError(f"shift must be a number above 0 and up to {_MAX_SHIFT:g}, got {shown(shift)}")
-    request = ResolvedRequest(**{**document, "shift": float(shift)})
+    pairs = document.get("adapters", [])
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise RequestError(f"adapters must be pairs of a name and a strength, got {shown(pairs)}")
+    adapters = tuple((name, value) for name, value in pairs)
+    request = ResolvedRequest(**{**document, "shift": float(shift), "adapters": adapters})
     return request.resolve(get_variant(request.variant), shift=request.shift)
+
+
+def _adapters(adapters: Any, request: ResolvedRequest) -> dict[str, dict[str, str]]:
+    """A plain copy of what a recipe says of the adapters of its request, no more and no fewer."""
+    _exact_keys("adapters", adapters, tuple(name for name, _ in request.adapters))
+    described = {name: _texts(f"the adapter {name}", texts) for name, texts in adapters.items()}
+    for name, texts in described.items():
+        _exact_keys(f"the adapter {name}", texts, ADAPTER_KEYS)
+    return described
 
 
 def _exact_keys(name: str, document: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
