@@ -133,7 +133,7 @@ def _by_name(loras: list[str] | None, recipe: Recipe) -> dict[str, str]:
     """The sources of adapters that were given, by the names that the recipe has for them."""
     given: dict[str, str] = {}
     for lora in read_loras(loras):
-        if lora.name not in recipe.adapters or lora.strength is not None:
+        if lora.name is None or lora.name not in recipe.adapters or lora.strength is not None:
             known = ", ".join(recipe.adapters) or "none"
             raise RequestError(
                 f"--lora here is NAME=SOURCE, of an adapter that the file names ({known}); got {lora.source}"
