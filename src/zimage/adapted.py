@@ -25,7 +25,7 @@ from .errors import AdapterError, NotEnoughMemory, RequestError, ZImageWarning
 from .files.recipe import Recipe
 from .memory.ladder import is_out_of_memory
 from .memory.plan import Plan
-from .memory.planner import fit_picture, follow, lower
+from .memory.planner import follow, with_adapters
 from .models.autoencoder import Autoencoder
 from .models.text_encoder import TextEncoder
 from .models.transformer import ZImageTransformer
@@ -226,29 +226,22 @@ class Adapted(Placed):
             yield
 
     def _make_room(self, name: str) -> None:
-        """Count what is loaded in the plan; where it does not fit, more passes through the device than before."""
+        """Count what is attached in the plan; where it does not fit, more passes through the device than before."""
         before = self._plan
         if before is None:
             return
-        self._account()
-        plan = self._planned()
-        work = plan.work
-        fitted, reason = fit_picture(plan, work.height, work.width, work.tokens)
-        if not reason:
-            return
         try:
-            worst = max(fitted.stages, key=lambda stage: stage.device)
-            lowered = lower(fitted, worst.name, has_files=self._residency.read is not None)
-            said = f"the adapter {name!r} takes memory; since then: {lowered.placement}"
-            kept = replace(lowered, budget=plan.budget, stepped_down=(*plan.stepped_down, said))
-            self._move(kept, self.device)
-        except BaseException as error:
+            plan = with_adapters(before, self._attachments.bytes, has_files=self._residency.read is not None)
+            if plan.placement != before.placement:
+                said = f"the adapter {name!r} needed room; since then: {plan.placement}"
+                self._move(replace(plan, stepped_down=(*before.stepped_down, said)), self.device)
+            else:
+                self._plan = plan
+        except NotEnoughMemory as error:
             self._plan = before
-            if isinstance(error, NotEnoughMemory):
-                raise NotEnoughMemory(
-                    f"the adapter {name!r} does not fit: with it {reason}; load the model with more memory"
-                ) from error
-            raise
+            raise NotEnoughMemory(
+                f"the adapter {name!r} does not fit: {error}; load the model with more memory, or delete other adapters"
+            ) from error
 
     def _account(self) -> None:
         """Let the plan, where there is one, count what is attached."""
