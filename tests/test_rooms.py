@@ -45,6 +45,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "placed",
         "previews",
         "starting",
+        "adapted",
     ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )

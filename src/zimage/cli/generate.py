@@ -29,6 +29,7 @@ from .options import (
     Image,
     Json,
     LocalFilesOnly,
+    Lora,
     MaskImage,
     Memory,
     Quiet,
@@ -37,6 +38,7 @@ from .options import (
     check_request,
     choose_model,
     read_images,
+    read_loras,
     read_normalization,
     read_padding,
     read_size,
@@ -98,6 +100,7 @@ def generate(
         str | None, typer.Option(help="Paint around the image: left,top,right,bottom in pixels, or one for all.")
     ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
+    adapters: Lora = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
     force: Force = False,
@@ -131,6 +134,7 @@ def generate(
     requests = expand_requests(texts, **options)
     check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
+    loras = read_loras(adapters)
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)
@@ -149,6 +153,9 @@ def generate(
     )
     offline = local_files_only or choice.is_there
     pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
+    for lora in loras:
+        more = _given(strength=lora.strength, cache_dir=cache_dir)
+        pipe.load_adapter(lora.source, lora.name, local_files_only=local_files_only, **more)
     resolved = [pipe.resolve(request) for request in requests]
     _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 
