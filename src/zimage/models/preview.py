@@ -1,7 +1,7 @@
 """Latents as small pictures, while they are being denoised: one pixel for each of theirs, for next to nothing.
 
 A pixel is an affine function of its latent, fitted once to the VAE at hand by encoding coloured patterns. Or a tiny
-decoder such as TAEF1 makes pictures in full size, for a hundredth of the time of the real one. Knows no steps.
+decoder such as TAEF1 makes pictures in full size. Knows no steps.
 """
 
 from __future__ import annotations
