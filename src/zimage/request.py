@@ -146,8 +146,7 @@ class ResolvedRequest:
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
     `cache` has the steps that the model is evaluated in, and is empty where that is every one. `adapters` has the names
-    of those that act, sorted, and their strengths. `strength` is 1 where there
-    is no image.
+    of those that act, sorted, and their strengths. `strength` is 1 where there is no image.
     `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
     """
 

@@ -60,8 +60,9 @@ def test_what_does_not_go_together(options: dict[str, Any], said: str) -> None:
 def test_no_more_than_a_command_can_draw(tmp_path: Path) -> None:
     file = tmp_path / "many.txt"
     file.write_text("{0|1|2|3|4|5|6|7|8|9}{0|1|2|3|4|5|6|7|8|9}{0|1|2|3|4|5|6|7|8|9}\n" * 11)
-    with pytest.raises(RequestError, match="there are 11000 prompts, at most 10000 are drawn by one command"):
-        prompts_of(None, **{**NOTHING, "file": file, "expands": True})
+    for options in ({"expands": True}, {"number": 1000, "seed": 1}):
+        with pytest.raises(RequestError, match="there are more than 10000 prompts; one command draws no more"):
+            prompts_of(None, **{**NOTHING, "file": file, **options})
 
 
 def test_each_picture_has_its_own_prompt_in_its_recipe(zimage: Callable[..., Any], turbo: str) -> None:

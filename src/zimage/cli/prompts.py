@@ -6,6 +6,7 @@ Translates options; what templates mean is `zimage.prompts`'s.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import RequestError
@@ -34,17 +35,24 @@ def prompts_of(
     if wildcards is not None and not expands and number is None:
         raise RequestError("--wildcards has lists for templates; add --expand for all of them, or --pick 10 for some")
     texts = [read_prompt(prompt)] if file is None else read_prompts(file)
+    prompts: list[str] = []
+    for text, opened in zip(texts, _opened(texts, expands, number, wildcards, seed), strict=True):
+        prompts += [text] if opened is None else opened
+        if len(prompts) > MOST_PROMPTS:
+            raise RequestError(f"there are more than {MOST_PROMPTS} prompts; one command draws no more, take fewer")
+    return prompts
+
+
+def _opened(
+    texts: Sequence[str], expands: bool, number: int | None, wildcards: Path | None, seed: int | None
+) -> Iterator[list[str] | None]:
+    """What each text stands for, one after the other; `None` where texts are no templates."""
     if expands:
-        texts = [opened for text in texts for opened in expand(text, wildcards)]
-    elif number is not None:
+        yield from (expand(text, wildcards) for text in texts)
+    elif number is None:
+        yield from (None for _ in texts)
+    else:
         count = integer("--pick", number, 1, MOST_PROMPTS)
         first = secrets.randbelow(MAX_SEED // 2) if seed is None else seed
-        starts = range(first, first + count * len(texts), count)
-        texts = [
-            one
-            for text, start in zip(texts, starts, strict=True)
-            for one in pick(text, count, seed=start, wildcards=wildcards)
-        ]
-    if len(texts) > MOST_PROMPTS:
-        raise RequestError(f"there are {len(texts)} prompts, at most {MOST_PROMPTS} are drawn by one command")
-    return texts
+        for index, text in enumerate(texts):
+            yield pick(text, count, seed=first + index * count, wildcards=wildcards)
