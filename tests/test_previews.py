@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,22 @@ def test_the_map_is_the_best_for_the_patterns_and_the_same_each_time(demo: ZImag
     for change in (0.01, -0.01):
         assert error(LinearPreview(fitted.weights + change, fitted.offset)) > least
         assert error(LinearPreview(fitted.weights, fitted.offset + change)) > least
+
+
+def test_the_map_is_for_latents_as_the_transformer_has_them(demo: ZImagePipeline) -> None:
+    """Another scale and shift of the same latents make another map to the same colours."""
+    vae, config = demo.autoencoder.vae, demo.autoencoder.vae.config
+    other = SimpleNamespace(scaling_factor=2 * config.scaling_factor, shift_factor=config.shift_factor + 0.5)
+    plain, scaled = (
+        fit_preview(SimpleNamespace(config=one, encode=vae.encode, parameters=vae.parameters))
+        for one in (config, other)
+    )
+    latents = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    raw = latents / config.scaling_factor + config.shift_factor
+    moved = (raw - other.shift_factor) * other.scaling_factor
+    expected = latents @ plain.weights + plain.offset
+    torch.testing.assert_close(moved @ scaled.weights + scaled.offset, expected, atol=1e-3, rtol=0)
+    assert not torch.allclose(scaled.weights, plain.weights, atol=1e-2)
 
 
 def test_colours_beyond_the_range_and_no_numbers_at_all() -> None:
