@@ -194,6 +194,7 @@ class ZImagePipeline(Parts):
                 self.dtype,
                 strip_levels,
                 self.weights,
+                activations=self.activations,
                 attention=self.attention_backend,
                 compiled=self.compiled,
             ),

@@ -173,8 +173,8 @@ def rotate_normalized(
 def gate(
     opening: Tensor, content: Tensor, scale: float, in_place: bool, narrow: torch.dtype | None = None
 ) -> Tensor | Rounded | None:
-    """`silu(opening) * (content * scale)` of two tensors of one shape; written over `opening` if `in_place`, or its rows
-    rounded to `narrow`, if that is given."""
+    """`silu(opening) * (content * scale)` of two tensors of one shape; written over `opening` if `in_place`; its rows
+    rounded to `narrow` instead, if that is given."""
     if opening.shape != content.shape or opening.dtype != content.dtype or not opening.numel():
         return None
     if opening.dtype not in TYPES or opening.device != content.device:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..memory.sizes import NF4_BLOCK
 from . import ggml
-from .rowwise import MOST, NARROW, Rows, multiplied, rounded
+from .rowwise import MOST, NARROW, Rows, has_product, multiplied, rounded
 
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -139,6 +139,13 @@ def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
         kind = kinds.get(f"{path}.weight")
         if kind in ggml.KINDS:
             _replace(module, path, PackedLinear(layer, kind))
+
+
+def widening(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Of the layers of `module` that round activations, how many widen them again on `device`, and how many are."""
+    layers = [one for one in module.modules() if isinstance(one, QuantizedLinear) and one.rows is not None]
+    widened = [one for one in layers if not has_product(one.kind, dtype, one.weight.shape, device)]
+    return len(widened), len(layers)
 
 
 def _plain_layers(module: nn.Module, blocks: tuple[str, ...]) -> list[tuple[str, nn.Linear]]:

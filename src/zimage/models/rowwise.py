@@ -70,32 +70,32 @@ def rounded(hidden: Tensor, kind: str | None) -> Rows:
 def multiplied(rows: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`rows` (..., in) times the weight (out, in) of their kind with its `scale` (out, 1): (..., out) in their type."""
     kind = next(kind for kind, narrow in NARROW.items() if narrow == weight.dtype)
-    if rows.scale.numel() >= LEAST_ROWS and has_product(kind, rows.dtype, weight):
+    if rows.scale.numel() >= LEAST_ROWS and has_product(kind, rows.dtype, weight.shape, weight.device):
         return _product(rows, weight, scale, bias)
     return F.linear(rows.widened(), weight.to(rows.dtype).mul_(scale.to(rows.dtype)), bias)
 
 
-def has_product(kind: str, dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether the device of `weight` (out, in) multiplies such numbers, of such a shape, into `dtype` faster.
+def has_product(kind: str, dtype: torch.dtype, shape: torch.Size, device: torch.device) -> bool:
+    """Whether `device` multiplies such numbers, by a weight of `shape` (out, in), into `dtype` faster than wider ones.
 
     On CPUs `torch._int_mm` computes number by number: 30 times as slow as in float32, where it was measured.
     """
-    fits = all(side % MULTIPLE[kind] == 0 for side in weight.shape)
-    return fits and weight.is_cuda and _works(kind, dtype, weight.get_device())
+    fits = all(side % MULTIPLE[kind] == 0 for side in shape)
+    return fits and device.type == "cuda" and _works(kind, dtype, device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _works(kind: str, dtype: torch.dtype, card: int) -> bool:
-    return _tried(kind, dtype, card)
+def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    return _tried(kind, dtype, device)
 
 
 @cache
-def _tried(kind: str, dtype: torch.dtype, card: int) -> bool:
-    """Whether a card's product is there and right: tried once, because which cards and versions of torch have it is
+def _tried(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device's product is there and right: tried once, because which cards and versions of torch have it is
     a long list that changes."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        hidden, wide = torch.randn(2, 32, 64, generator=generator).to(f"cuda:{card}")
+        hidden, wide = torch.randn(2, 32, 64, generator=generator).to(device)
         rows, weight = rounded(hidden, kind), rounded(wide, kind)
         assert isinstance(rows, Quantized)
         assert isinstance(weight, Quantized)
