@@ -191,7 +191,14 @@ def test_one_round_of_zimage_alone() -> None:
 def test_a_model_that_is_there(only: str | None) -> None:
     settings = Settings(model="demo", device="cpu", dtype="float32", steps=1, rounds=1, stages=("denoise",), only=only)
     report = measure.run(settings)
-    model = {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32", "blocks": "eager"}
+    model = {
+        "name": "demo",
+        "weights": "given",
+        "variant": "base",
+        "dtype": "float32",
+        "blocks": "eager",
+        "layers": "full",
+    }
     assert report.model == model
     assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
     assert report.stages[0].zimage.evaluations == 2

@@ -17,7 +17,14 @@ OURS = Timing(
 )  # fmt: skip
 THEIRS = replace(OURS, median_s=1.25, quartiles_s=(1.2, 1.3), tflops=1.6, product_share=0.2)
 REPORT = Report(
-    model={"name": "models/My Model", "weights": "given", "variant": "base", "dtype": "bfloat16", "blocks": "eager"},
+    model={
+        "name": "models/My Model",
+        "weights": "given",
+        "variant": "base",
+        "dtype": "bfloat16",
+        "blocks": "eager",
+        "layers": "full",
+    },
     picture={"width": 1280, "height": 720, "steps": 4, "guidance_scale": 4.0},
     rounds=3,
     machine={"device": "cuda", "name": "NVIDIA H100 80GB", "threads": 8},

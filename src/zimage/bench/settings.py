@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RequestError
+from ..memory.planner import check_weights
 from ..request import GenerationRequest, ResolvedRequest
 from ..testing.configs import SIZES
 from ..variants import Variant, get_variant
@@ -15,6 +16,8 @@ from ..variants import Variant, get_variant
 STAGES = ("encode", "denoise", "decode", "end-to-end")
 """In the order of a picture; the last is all of it, from the prompt to a PIL image."""
 SIDES = ("zimage", "diffusers")
+ROUNDED = ("int8", "float8", "nf4")
+"""What zimage's layers can be stored as beside diffusers' in full."""
 KEPT_ROUNDS = 10
 """Rounds of a result that is kept: a median of fewer moves with every disturbance."""
 PICTURES: dict[str, tuple[int, int | None]] = {
@@ -42,6 +45,8 @@ class Settings:
         only: "zimage" leaves diffusers out.
         compile: both sides with the transformer's blocks compiled, each in its own way; the round that is not measured
             waits for the compiler.
+        weight_dtype, quantize_activations: what zimage's transformer stores its layers as and multiplies in, as for
+            `ZImagePipeline.from_pretrained`; diffusers' side and all else stay as they are.
         words: of the prompts, a number that no other round has included.
 
     Raises `RequestError` for what cannot work.
@@ -59,6 +64,8 @@ class Settings:
     stages: tuple[str, ...] = STAGES
     only: str | None = None
     compile: bool = False
+    weight_dtype: str | None = None
+    quantize_activations: bool = False
     words: int = 20
 
     def __post_init__(self) -> None:
@@ -73,12 +80,26 @@ class Settings:
             raise RequestError(f"stages must be of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
         if self.only not in (None, "zimage"):
             raise RequestError(f"only can be zimage, got {self.only!r}; without it both sides are measured")
+        if self.weight_dtype not in (None, *ROUNDED):
+            raise RequestError(f"weight_dtype can be {', '.join(ROUNDED)} here, or left out; got {self.weight_dtype!r}")
+        check_weights(self.weight_dtype, self.quantize_activations)
         if self.size is not None:
             self.request(get_variant(self.variant or "turbo"))
 
     @property
     def sides(self) -> tuple[str, ...]:
         return SIDES if self.only is None else (self.only,)
+
+    @property
+    def layers(self) -> str:
+        """How zimage's layers are stored and multiplied, in words."""
+        if self.weight_dtype is None:
+            return "full"
+        return (
+            f"weights and activations in {self.weight_dtype}"
+            if self.quantize_activations
+            else (f"weights in {self.weight_dtype}")
+        )
 
     def request(self, variant: Variant) -> GenerationRequest:
         """The picture of every round, but for its prompt and noise; checked as far as `variant` tells."""
