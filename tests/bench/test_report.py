@@ -55,6 +55,13 @@ def test_compiled_blocks_are_said_and_named(tmp_path: Path) -> None:
     assert save(compiled, tmp_path).name == save(REPORT, tmp_path).name.replace("bfloat16", "bfloat16-compiled")
 
 
+def test_rounded_layers_are_said_and_named(tmp_path: Path) -> None:
+    rounded = replace(REPORT, model={**REPORT.model, "layers": "weights and activations in int8"})
+    assert "guidance 4, bfloat16 (zimage's layers: weights and activations in int8) on NVIDIA" in text(rounded)
+    named = save(REPORT, tmp_path).name.replace("bfloat16", "bfloat16-weights-and-activations-in-int8")
+    assert save(rounded, tmp_path).name == named
+
+
 def test_one_side_alone_and_memory() -> None:
     gib = 2**30
     both = replace(

@@ -36,10 +36,11 @@ SKIPPED = ("adaLN_modulation",)
 
 WIDE_BLOCKS = (("context_refiner", slice(None)), ("noise_refiner", slice(None)), ("layers", slice(-1, None)))
 """Blocks whose layers never round their input, by list and place in it. Captions are refined once for a picture, so
-there is nothing to win. Of what rounded inputs add to the error of an evaluation, the last block alone brings about
-half in the demo models, which have five, and the noise refiner more than half on random weights (docs/memory.md); of
-the released models' work they are an eleventh. No kind of layer stands out like that, w2 included, and others who round
-Z-Image's blocks to int8 round all kinds (vllm-omni#1470, xDiT#729)."""
+there is nothing to win. Of what rounded inputs add to the error of an evaluation (in squares), the last block alone
+brings about half in the demo models, which have five, and the noise refiner more than half on random weights; of the
+released models' work these are an eleventh. Of kinds of layers w2 brings most, in int8 half as well, but it is a fifth
+of the work, and with these blocks left out less remains than without w2 (docs/memory.md). Others who round Z-Image's
+blocks to int8 round all kinds (vllm-omni#1470, xDiT#729)."""
 
 STORED = {**NARROW, "nf4": torch.uint8}
 """What the weights of each kind are stored as; of nf4 two to a byte."""
@@ -160,13 +161,13 @@ Module = TypeVar("Module", bound=nn.Module)
 def quantized_copy(module: Module, kind: str, *blocks: str, activations: bool = False) -> Module:
     """`module`, which has its values, with layers stored as by `quantize`; its other parameters and the modules outside
     of `blocks` are shared with it."""
-    kept = [*module.parameters(), *module.buffers()]
+    kept: list[object] = [*module.parameters(), *module.buffers()]
     kept += [child for name, child in module.named_children() if name not in blocks]
     copied = copy.deepcopy(module, {id(one): one for one in kept})
     quantize(copied, kind, *blocks, activations=activations)
     for path, layer in copied.named_modules():
         if isinstance(layer, QuantizedLinear) and layer.weight.is_meta:
-            stored = quantize_rows(module.get_submodule(path).weight.detach(), kind)
+            stored = quantize_rows(module.get_parameter(f"{path}.weight").detach(), kind)
             layer.weight, layer.scale = (nn.Parameter(one, requires_grad=False) for one in stored)
     return copied
 
