@@ -198,6 +198,7 @@ def test_a_file_cannot_make_anyone_download_a_model(
     assert asked
 
 
+@pytest.mark.filterwarnings("default:.*round activations")
 def test_rounded_activations_are_replayed(zimage: Callable[..., Any], models: Path, tmp_path: Path) -> None:
     """As they were drawn: with the same bits, which weights alone do not give."""
     drawing = ("generate", "a fox", "-m", models / "my-turbo", "--size", 64, "--any-size", "--steps", 2, "--seed", 3)
