@@ -2,8 +2,9 @@
 
 A picture of 1024² with 128 tokens of caption: 4224 tokens of 3840 channels, feed-forward 10240. For each: the median
 time of a call, and the bytes that must be read and written divided by it, beside what a plain copy of the residual
-stream moves. Bytes are those of a single pass, so that an expression of many passes shows fewer a second. `--output`
-writes the table as JSON into a folder.
+stream moves. Bytes are those of a single pass, so that an expression of many passes shows fewer a second. Then the same
+kernels where they round to 8 bits, and matrix products of 8-bit numbers beside those of the type itself (`torch`), each
+with all that it takes from rounded rows to a result in the type. `--output` writes the table as JSON into a folder.
 
     python benchmarks/kernels.py [--dtypes bfloat16,float16] [--tokens 4224] [--rounds 50] [--output FOLDER]
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
@@ -26,8 +28,13 @@ from zimage.bench.report import write
 from zimage.kernels.switch import using
 from zimage.models import layers
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
+from zimage.models.quantized import quantize_rows
+from zimage.models.rowwise import Quantized, has_product, multiplied, rounded, scaled
 
 DIM, HEADS, HIDDEN = 3840, 30, 10240
+KINDS = ("int8", "float8")
+SHAPES = ((DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN))
+"""Rows and columns of the weights: attention's, gate and content, and what brings their product back."""
 PICTURE = (128, 1024, 1024)
 """Channels, height and width of the image decoder's finest level; the kernel reads it twice."""
 WARM_UP = 5
@@ -63,12 +70,59 @@ def measure(dtype: torch.dtype, tokens: int, rounds: int) -> Iterable[dict[str, 
     target = torch.empty_like(source)
     copied = 2 * source.numel() * source.element_size()
     yield row_of("copy", copied, {"torch": median_time(lambda: target.copy_(source), rounds)})
-    for name, (call, moved) in cases(dtype, tokens).items():
+    for name, (call, moved) in (cases(dtype, tokens) | rounding_cases(dtype, tokens)).items():
         times = {}
         for side, mode in (("torch", "off"), ("fused", "on")):
             with using(mode):
                 times[side] = median_time(call, rounds)
         yield row_of(name, moved, times)
+    for kind in KINDS:
+        for rows, columns in SHAPES:
+            yield product_row(kind, dtype, tokens, rows, columns, rounds)
+
+
+def product_row(kind: str, dtype: torch.dtype, tokens: int, rows: int, columns: int, rounds: int) -> dict[str, Any]:
+    """A product with a weight (rows, columns) in `kind`, beside a plain one and one with weights alone in `kind`."""
+    hidden, wide = noise(1, tokens, columns, dtype=dtype), noise(rows, columns)
+    weight, scale = quantize_rows(wide, kind)
+    narrow, plain = rounded(hidden, kind), wide.to(dtype)
+    assert isinstance(narrow, Quantized)
+    times = {
+        "torch": median_time(lambda: F.linear(hidden, plain), rounds),
+        "weights": median_time(lambda: F.linear(hidden, weight.to(dtype).mul_(scale.to(dtype))), rounds),
+        "fused": median_time(lambda: multiplied(narrow, weight, scale, None), rounds),
+    }
+    moved = tokens * (columns + rows * dtype.itemsize) + rows * columns
+    by = "the card's" if has_product(kind, dtype, weight.shape, weight.device) else "widened"
+    return {**row_of(f"{kind} {columns} to {rows}", moved, times), "product": by}
+
+
+def rounding_cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
+    """What a block that rounds its activations does between its matrix products in place of some of `cases`."""
+    wide, item, row = residual_dtype(dtype), dtype.itemsize, tokens * DIM
+    stream, update = noise(1, tokens, DIM, dtype=wide), noise(1, tokens, DIM, dtype=wide)
+    factor, norms = noise(1, 1, DIM, dtype=dtype), (norm(DIM, dtype), norm(DIM, dtype))
+    mixed = noise(1, tokens, DIM, dtype=dtype)
+    opening, content = Gives(noise(1, tokens, HIDDEN, dtype=dtype)), Gives(noise(1, tokens, HIDDEN, dtype=dtype))
+    product, scales = (1e5 * noise(tokens, HIDDEN)).int(), (noise(tokens, 1), noise(HIDDEN, 1))
+    found: dict[str, Case] = {}
+    for kind in KINDS:
+        found |= {
+            f"normalize {kind}": (
+                lambda kind=kind: layers.normalize(norms[0], stream, factor, kind), row * (wide.itemsize + 1),
+            ),
+            f"add, norm. {kind}": (
+                lambda kind=kind: layers.add_then_normalize(stream, norms[0], update, factor, norms[1], factor, kind),
+                row * (3 * wide.itemsize + 1),
+            ),
+            f"gate {kind}": (
+                lambda kind=kind: layers.gate(opening, content, stream, overflow_scale(dtype), kind),
+                tokens * HIDDEN * (2 * item + 1),
+            ),
+            f"round {kind}": (lambda kind=kind: rounded(mixed, kind), row * (item + 1)),
+        }  # fmt: skip
+    found["scale int32"] = (lambda: scaled(product, *scales, None, dtype), tokens * HIDDEN * (4 + item))
+    return found
 
 
 def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
@@ -155,8 +209,8 @@ def row_of(name: str, moved: int, times: dict[str, float]) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A line of the table."""
-    said = f"{row['dtype']:>8}  {row['name']:<15}{row['bytes'] / 1e6:7.1f} MB"
-    for side in ("torch", "fused"):
+    said = f"{row['dtype']:>8}  {row['name']:<20}{row['bytes'] / 1e6:7.1f} MB"
+    for side in ("torch", "weights", "fused"):
         if f"{side}_s" in row:
             said += f"  {side} {row[f'{side}_s'] * 1e6:7.1f} us {row[f'{side}_bytes_per_s'] / 1e9:6.0f} GB/s"
     return said + (f"  {row['torch_s'] / row['fused_s']:.2f} x" if "fused_s" in row else "")

@@ -33,12 +33,15 @@ def test_a_runtime_is_described_in_texts(monkeypatch: pytest.MonkeyPatch) -> Non
         "device": "cpu",
         "threads": str(torch.get_num_threads()),
         "weights": "full",
+        "activations": "full",
         "attention": "native",
         "blocks": "eager",
         "decode": "whole",
     }
-    other = describe(torch.device("cpu"), torch.bfloat16, 2, "int8", compiled=True, attention="sage")
-    assert (other["decode"], other["weights"]) == ("2 in strips", "int8")
+    other = describe(
+        torch.device("cpu"), torch.bfloat16, 2, "int8", activations="int8", compiled=True, attention="sage"
+    )
+    assert (other["decode"], other["weights"], other["activations"]) == ("2 in strips", "int8", "int8")
     assert (other["blocks"], other["attention"]) == ("compiled", "sage")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     on_a_card = describe(torch.device("cuda", 1), torch.float16)

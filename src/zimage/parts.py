@@ -30,6 +30,7 @@ from .memory.sizes import ModelSizes
 from .models import attention
 from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
+from .models.quantized import widening
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
 from .rules import Limits
@@ -77,6 +78,7 @@ class Parts(Adapted):
         device: str | torch.device | None = None,
         memory: str | int | Plan = "auto",
         weight_dtype: str | None = None,
+        quantize_activations: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -100,6 +102,9 @@ class Parts(Adapted):
                 the memory and change the picture somewhat; "bfloat16" halves that of float32 and is widened as it is
                 used; "full" is the dtype. Left out, it is int8 where nothing else fits, with a warning, before that
                 bfloat16 where the files are, which changes nothing, and full otherwise.
+            quantize_activations: with weight_dtype "int8" or "float8", whether the transformer's layers round what they
+                multiply to that too, token by token, and multiply in 8 bits where the device does. The picture changes
+                somewhat more; where the device does not, it is slower than weight_dtype alone, and a warning says so.
             revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
             low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
 
@@ -110,9 +115,12 @@ class Parts(Adapted):
             raise RequestError("dtype and torch_dtype are both given; they are one setting, leave torch_dtype out")
         if not isinstance(memory, Plan):
             parse_memory(memory)
-        elif weight_dtype is not None:
-            raise RequestError("memory is a plan, which says what weights are stored as; leave weight_dtype out")
-        check_weights(weight_dtype)
+        elif weight_dtype is not None or quantize_activations:
+            raise RequestError(
+                "memory is a plan, which says what weights are stored as; leave weight_dtype and "
+                "quantize_activations out"
+            )
+        check_weights(weight_dtype, quantize_activations)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(
@@ -125,7 +133,8 @@ class Parts(Adapted):
         )
         detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
         before = held_memory(target)
-        make = partial(_plan, memory=memory, dtype=precision, device=target, weights=weight_dtype)
+        asked: dict[str, Any] = {"weights": weight_dtype, "quantize_activations": quantize_activations}
+        make = partial(_plan, memory=memory, dtype=precision, device=target, asked=asked)
         planning = Planning(make)
         load = partial(
             load_components,
@@ -149,6 +158,7 @@ class Parts(Adapted):
         made._follow(parts, target, before)
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
             _warn_of_weights(parts.plan)
+        _warn_of_widening(parts.transformer, target)
         return made
 
     @classmethod
@@ -232,13 +242,13 @@ class Parts(Adapted):
 
 
 def _plan(
-    sizes: ModelSizes, *, memory: str | int | Plan, dtype: torch.dtype, device: torch.device, weights: str | None
+    sizes: ModelSizes, *, memory: str | int | Plan, dtype: torch.dtype, device: torch.device, asked: dict[str, Any]
 ) -> Plan:
     """The plan for pictures of the size that the model was trained on, or the one that was given."""
     precision = str(dtype).removeprefix("torch.")
     if isinstance(memory, Plan):
         return follow(memory, sizes, precision)
-    return plan_model(sizes, precision, find_budget(memory, device), weights=weights)
+    return plan_model(sizes, precision, find_budget(memory, device), **asked)
 
 
 def _described(place: Location) -> dict[str, str]:
@@ -263,3 +273,15 @@ def _warn_of_weights(plan: Plan) -> None:
         ZImageWarning,
         stacklevel=3,
     )
+
+
+def _warn_of_widening(transformer: ZImageTransformer, device: torch.device) -> None:
+    """Where activations are rounded and then widened again, which only costs time."""
+    widened, rounding = widening(transformer, transformer.compute_dtype, device)
+    if widened:
+        warnings.warn(
+            f"{widened} of {rounding} layers that round activations widen them again on {device}, which has no product "
+            "of 8-bit numbers for them; that is slower than without quantize_activations=True",
+            ZImageWarning,
+            stacklevel=3,
+        )

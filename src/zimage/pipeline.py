@@ -229,6 +229,7 @@ class ZImagePipeline(Previewing):
                 self.dtype,
                 strip_levels,
                 self.weights,
+                activations=self.activations,
                 attention=self.attention_backend,
                 compiled=self.compiled,
             ),

@@ -83,6 +83,11 @@ class Placed:
         return "gguf" if self._plan.sizes.packed else None
 
     @property
+    def activations(self) -> str | None:
+        """What the transformer's layers round their input to: "int8" or "float8"; `None` if they do not."""
+        return self.weights if self._plan is not None and self._plan.placement.quantize_activations else None
+
+    @property
     def attention_backend(self) -> str:
         """What attention runs with, by diffusers' names; "native" is torch's own choice among its kernels."""
         return attention.name_of(self.transformer, self.device, self.dtype)

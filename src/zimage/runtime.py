@@ -33,11 +33,13 @@ def describe(
     strip_levels: int = 0,
     weights: str | None = None,
     *,
+    activations: str | None = None,
     attention: str = "native",
     compiled: bool = False,
 ) -> dict[str, str]:
     """The parts of this process that the bits of a picture depend on, as texts; `strip_levels` of its decode, what
-    `weights` are stored as if not in `dtype`, the backend of `attention`, and whether blocks were `compiled`."""
+    `weights` are stored as and `activations` rounded to, if not in `dtype`, the backend of `attention`, and whether
+    blocks were `compiled`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "zimage": __version__,
@@ -48,6 +50,7 @@ def describe(
         "device": name,
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "weights": weights or "full",
+        "activations": activations or "full",
         "attention": attention,
         "blocks": "compiled" if compiled else "eager",
         "decode": f"{strip_levels} in strips" if strip_levels else "whole",

@@ -18,6 +18,7 @@ from zimage.bench.measure import Bench, Disagreement, prepare, take_turns
 from zimage.bench.report import text
 from zimage.bench.settings import STAGES, Settings
 from zimage.models.graphs import drop_graphs, use_graphs
+from zimage.models.quantized import quantize_rows
 
 OPTIONS: dict[str, Any] = {
     "size": "tiny", "device": "cpu", "dtype": "float32", "height": 64, "width": 80, "steps": 2, "rounds": 2,
@@ -47,6 +48,29 @@ def test_both_sides_are_compiled_or_neither() -> None:
     assert (pipe.compiled, is_compiled(theirs)) == (False, {False})
     pipe, theirs = sides.load(Settings(**OPTIONS, compile=True))
     assert (pipe.compiled, is_compiled(theirs)) == (True, {True})
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("int8", True), ("float8", False), ("nf4", False)])
+def test_rounded_layers_stand_beside_the_full_ones(turbo: Bench, kind: str, activations: bool) -> None:
+    """diffusers keeps its own, all else is shared, and what is required is that the picture is the same."""
+    bench = make("turbo", weight_dtype=kind, quantize_activations=activations)
+    ours, theirs = bench.pipe.transformer, bench.sides["diffusers"].pipe.transformer  # type: ignore[attr-defined]
+    layer, full = ours.layers[0].feed_forward.w1, theirs.layers[0].feed_forward.w1
+    assert (layer.kind, layer.rows) == (kind, kind if activations else None)
+    stored = quantize_rows(full.weight, kind)
+    assert torch.equal(layer.weight.view(torch.uint8), stored[0].view(torch.uint8))
+    assert torch.equal(layer.scale, stored[1])
+    assert type(full) is torch.nn.Linear
+    assert ours.all_final_layer is theirs.all_final_layer
+    assert ours.layers[0].attention_norm1.weight is theirs.layers[0].attention_norm1.weight
+    assert ours.x_pad_token is theirs.x_pad_token
+    runs, cosine = turns(bench, "denoise")
+    assert {name: run.work[0]["evaluations"] for name, run in runs.items()} == {"zimage": 2, "diffusers": 2}
+    assert cosine is not None
+    assert measure.ROUNDED_COSINE < cosine < 0.9999999
+    assert measure.ROUNDED_STEP_COSINE < measure.step_cosine(bench) < 0.9999999
+    assert [measure._least_cosine(bench, stage) for stage in STAGES] == [0.999, 0.8, 0.999, 0.8]
+    assert [measure._least_cosine(turbo, stage) for stage in STAGES] == [0.999] * 4
 
 
 def turns(bench: Bench, stage: str) -> Any:
@@ -221,7 +245,14 @@ def test_one_round_of_zimage_alone() -> None:
 def test_a_model_that_is_there(only: str | None) -> None:
     settings = Settings(model="demo", device="cpu", dtype="float32", steps=1, rounds=1, stages=("denoise",), only=only)
     report = measure.run(settings)
-    model = {"name": "demo", "weights": "given", "variant": "base", "dtype": "float32", "blocks": "eager"}
+    model = {
+        "name": "demo",
+        "weights": "given",
+        "variant": "base",
+        "dtype": "float32",
+        "blocks": "eager",
+        "layers": "full",
+    }
     assert report.model == model
     assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
     assert report.stages[0].zimage.evaluations == 2

@@ -17,7 +17,14 @@ OURS = Timing(
 )  # fmt: skip
 THEIRS = replace(OURS, median_s=1.25, quartiles_s=(1.2, 1.3), tflops=1.6, product_share=0.2)
 REPORT = Report(
-    model={"name": "models/My Model", "weights": "given", "variant": "base", "dtype": "bfloat16", "blocks": "eager"},
+    model={
+        "name": "models/My Model",
+        "weights": "given",
+        "variant": "base",
+        "dtype": "bfloat16",
+        "blocks": "eager",
+        "layers": "full",
+    },
     picture={"width": 1280, "height": 720, "steps": 4, "guidance_scale": 4.0},
     rounds=3,
     machine={"device": "cuda", "name": "NVIDIA H100 80GB", "threads": 8},
@@ -49,6 +56,13 @@ def test_compiled_blocks_are_said_and_named(tmp_path: Path) -> None:
     graphs = replace(REPORT, model={**REPORT.model, "blocks": "compiled, CUDA graphs"})
     assert "guidance 4, bfloat16, blocks compiled, CUDA graphs on NVIDIA" in text(graphs)
     assert "bfloat16-compiled-cuda-graphs-nvidia" in save(graphs, tmp_path).name
+
+
+def test_rounded_layers_are_said_and_named(tmp_path: Path) -> None:
+    rounded = replace(REPORT, model={**REPORT.model, "layers": "weights and activations in int8"})
+    assert "guidance 4, bfloat16 (zimage's layers: weights and activations in int8) on NVIDIA" in text(rounded)
+    named = save(REPORT, tmp_path).name.replace("bfloat16", "bfloat16-weights-and-activations-in-int8")
+    assert save(rounded, tmp_path).name == named
 
 
 def test_one_side_alone_and_memory() -> None:

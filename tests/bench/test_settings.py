@@ -48,6 +48,12 @@ def test_texts_are_new_in_every_round_and_equally_long() -> None:
         ({"size": "tiny", "width": 0}, "width"),
         ({"size": "tiny", "steps": 0}, "num_inference_steps"),
         ({"size": "tiny", "cuda_graphs": True}, r"CUDA graphs are an option of compiling; add compile \(--compile\)"),
+        (
+            {"size": "tiny", "weight_dtype": "full"},
+            "weight_dtype can be int8, float8, nf4 here, or left out; got 'full'",
+        ),
+        ({"size": "tiny", "weight_dtype": "nf4", "quantize_activations": True}, "needs weight_dtype='int8' or .*'nf4'"),
+        ({"size": "tiny", "quantize_activations": True}, "needs weight_dtype='int8' or weight_dtype='float8', it was"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], said: str) -> None:

@@ -59,8 +59,19 @@ def test_a_checkpoint_in_a_folder(zimage: Command, base: str) -> None:
         "variant": "base",
         "dtype": "float32",
         "blocks": "eager",
+        "layers": "full",
     }
     assert report["stages"][0]["cosine"] >= 0.999
+
+
+def test_rounded_layers_beside_full_ones(zimage: Command) -> None:
+    rounded = ("--weight-dtype", "int8", "--quantize-activations")
+    ended = zimage(*QUICK, *rounded, "--rounds", 1, "--stages", "denoise", "--json", "--quiet")
+    assert (ended.code, ended.err) == (0, "")
+    report = json.loads(ended.out)
+    assert report["model"]["layers"] == "weights and activations in int8"
+    assert 0.99 < report["stages"][0]["cosine"] < 0.9999999
+    assert set(report["stages"][0]) >= {"zimage", "diffusers"}
 
 
 def test_results_that_differ_end_with_1(zimage: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +94,8 @@ def test_results_that_differ_end_with_1(zimage: Command, monkeypatch: pytest.Mon
         (["--variant", "fast"], 2, "variant must be one of base, turbo, got 'fast'"),
         (["--height", "1000"], 2, "height must be a multiple of 16, got 1000; try 992 or 1008"),
         (["--model", "turbo", "--width", "1000"], 2, "width must be a multiple of 16, got 1000"),
+        (["--weight-dtype", "bfloat16"], 2, "weight_dtype can be int8, float8, nf4 here, or left out; got 'bfloat16'"),
+        (["--quantize-activations"], 2, "--quantize-activations needs --weight-dtype int8 or --weight-dtype float8"),
         (["--device", "tpu"], 2, "device 'tpu' cannot be used here"),
         (["--dtype", "int8", "--device", "cpu"], 2, "got 'int8'"),
         (["--model", "./nowhere"], 1, "nowhere"),

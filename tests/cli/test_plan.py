@@ -40,6 +40,15 @@ def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out) == {"model": "base", **json.loads(json.dumps(plan.to_dict()))}
 
 
+def test_activations_are_named_and_take_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--memory", "12GB", "--host-memory", "32GB", "--weight-dtype", "int8")
+    _, weights, _ = run(capsys, *options)
+    code, out, _ = run(capsys, *options, "--quantize-activations")
+    assert code == 0
+    assert "weights and the transformer's activations in int8\n" in out
+    assert out.replace("weights and the transformer's activations", "weights") == weights
+
+
 def test_sources_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--memory", "8GB", "--host-memory", "10GB")
     assert "from files (text encoder) and memory (blocks)" in out
@@ -61,6 +70,11 @@ def test_a_checkpoint_and_what_is_free_here(capsys: pytest.CaptureFixture[str], 
         (["--memory", "2GB", "--host-memory", "8GB"], 1, "does not fit, nor does a smaller picture"),
         (["--memory", "lots"], 2, "memory must be 'auto' or an amount like '16GB' or '12GiB', got 'lots'"),
         (["--memory", "8GB", "--host-memory", "x"], 2, "memory must be 'auto' or an amount"),
+        (
+            ["--quantize-activations"],
+            2,
+            "--quantize-activations needs --weight-dtype int8 or --weight-dtype float8, it",
+        ),
         (["--size", "1000"], 2, "must be a multiple of 16, got 1000; try 992 or 1008"),
         (["--tokens", "0"], 2, "--tokens must be 1 to 1504, got 0"),
         (["--dtype", "int8"], 2, "--dtype must be auto, float32, bfloat16, float16, got 'int8'"),

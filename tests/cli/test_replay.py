@@ -222,3 +222,25 @@ def test_a_picture_from_an_image_needs_it_again(zimage: Callable[..., Any], mode
         ended = zimage("replay", "out.png", *images)
         assert (ended.code, ended.out) == (2, "")
         assert said in ended.err
+
+
+@pytest.mark.filterwarnings("default:.*round activations")
+def test_rounded_activations_are_replayed(zimage: Callable[..., Any], models: Path, tmp_path: Path) -> None:
+    """As they were drawn: with the same bits, which weights alone do not give."""
+    drawing = ("generate", "a fox", "-m", models / "my-turbo", "--size", 64, "--any-size", "--steps", 2, "--seed", 3)
+    place = ("--device", "cpu", "--dtype", "float32", "--weight-dtype", "int8", "-q")
+    warned = "zimage: warning: 7 of 7 layers that round activations widen them again on cpu"
+    ended = zimage(*drawing, *place, "--quantize-activations", "-o", "both.png")
+    assert ended.code == 0
+    assert ended.err.startswith(warned)
+    assert "than without --quantize-activations\n" in ended.err
+    recipe = read_recipe(tmp_path / "both.png")
+    assert (recipe.runtime["weights"], recipe.runtime["activations"]) == ("int8", "int8")
+    ended = zimage("replay", "both.png", "-q")
+    assert (ended.code, ended.out) == (0, "same bits\n")
+    assert ended.err.startswith(warned)
+    assert zimage(*drawing, *place, "-o", "weights.png").code == 0
+    weights = read_recipe(tmp_path / "weights.png")
+    assert weights.runtime["activations"] == "full"
+    assert weights.pixels != recipe.pixels
+    assert zimage("replay", "weights.png", "-q").out == "same bits\n"

@@ -29,14 +29,18 @@ def no_grad() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 to bfloat16 rounds to the nearest, as on devices; Triton's interpreter cuts off."""
+    """float32 to bfloat16 and float8 rounds to the nearest, as on devices; Triton's interpreter cuts off."""
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
+    bits = {
+        "bf16": lambda wide: wide.bfloat16().view(torch.int16).numpy().view(np.uint16),
+        "fp8e4nv": lambda wide: wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy(),
+    }
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (str(source), str(target)) != ("fp32", "bf16"):
+        if str(source) != "fp32" or str(target) not in bits:
             return convert(values, source, target, mode)
-        return torch.from_numpy(np.array(values)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return bits[str(target)](torch.from_numpy(np.array(values)))
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)

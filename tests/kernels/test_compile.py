@@ -16,9 +16,12 @@ import json
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zimage.kernels import fused
+from zimage.kernels import fused, rounding
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32",
+}
 launches = []
 fused._launch = lambda kernel, grid, *args, **constants: launches.append((kernel, grid, args, constants))
 
@@ -44,6 +47,26 @@ def launch(dtype, tokens):
     return list(launches)
 
 
+def launch_rounding(dtype, tokens, narrow):
+    '''What it launches with activations in 8 bits, in place of some and beside them.'''
+    def make(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches.clear()
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    stream, weight, factor = make(1, tokens, 3840, dtype=wide), make(3840), make(1, 1, 3840)
+    opening = make(1, tokens, 10240)
+    assert fused.normalize(stream, weight, factor, 1e-5, narrow) is not None
+    assert fused.add_then_normalize(stream, stream, weight, factor, 1e-5, weight, factor, 1e-5, narrow) is not None
+    assert fused.gate(opening, opening, 2.0**-8 if dtype == torch.float16 else 1.0, True, narrow) is not None
+    assert rounding.quantize(make(1, tokens, 3840), narrow) is not None
+    for width in (3840, 10240):
+        product = make(tokens, width, dtype=torch.int32 if narrow == torch.int8 else torch.float32)
+        scales = make(tokens, 1, dtype=torch.float32), make(width, 1, dtype=torch.float32)
+        assert rounding.scale_product(product, *scales, None, dtype) is not None
+    return list(launches)
+
+
 def compiled(kernel, args, constants, capability):
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
@@ -64,19 +87,29 @@ def compiled(kernel, args, constants, capability):
 
 
 report = []
+rounded = []
 for dtype, capability in ((torch.bfloat16, 90), (torch.float16, 75)):
     kernels = launch(dtype, 4224)
     assert [one[3] for one in kernels] == [one[3] for one in launch(dtype, 1056)]
     for kernel, _, args, constants in kernels:
         ptx = compiled(kernel, args, constants, capability)
         report.append([kernel.__name__, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global")])
-print(json.dumps(report))
+for dtype, narrow, capability in (
+    (torch.bfloat16, torch.int8, 90), (torch.bfloat16, torch.float8_e4m3fn, 90), (torch.float16, torch.int8, 75),
+):
+    kernels = launch_rounding(dtype, 4224, narrow)
+    assert [one[3] for one in kernels] == [one[3] for one in launch_rounding(dtype, 1056, narrow)]
+    for kernel, _, args, constants in kernels:
+        ptx = compiled(kernel, args, constants, capability)
+        rounded.append([kernel.__name__, str(narrow), ptx.count("ld.global.v4"), ptx.count("st.global.v4")])
+        rounded[-1] += [ptx.count(what) for what in ("cvt.rn.satfinite.e4m3x2", "0f4B400000", "st.local")]
+print(json.dumps([report, rounded]))
 """
 
 
 def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[..., str], tmp_path: Path) -> None:
     """Whatever the strides and the number of tokens, of which none has a kernel of its own."""
-    report = json.loads(run_python(COMPILE, tmp_path))
+    report, rounded = json.loads(run_python(COMPILE, tmp_path))
     groups = ["gather_groups", "join_groups", "activate_groups"]
     kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", *groups, "gate_elements"]
     assert [name for name, *_ in report] == 2 * kernels
@@ -85,3 +118,11 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[.
     for name, loads, stores, all_stores in (one for one in report if one[0] not in groups):
         assert loads >= 4, name
         assert stores == all_stores >= 2, name
+    names = ["normalize_rows", "add_rows", "gate_rows", "quantize_rows", "scale_rows", "scale_rows"]
+    assert [name for name, *_ in rounded] == 3 * names
+    for name, narrow, loads, stores, conversions, magic, spilled in rounded:
+        assert loads >= 2, name
+        assert stores >= 1, name
+        assert not spilled, name
+        if name != "scale_rows":  # float8 by the card's own conversion; int8 by a sum that the compiler left as it is
+            assert (conversions > 0, magic > 0) == (narrow == "torch.float8_e4m3fn", narrow == "torch.int8"), name

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zimage import ZImagePipeline
-from zimage.kernels import fused
+from zimage import ZImagePipeline, ZImageWarning
+from zimage.kernels import fused, rounding
 from zimage.kernels.switch import using
 from zimage.models.precision import Float32Math
 from zimage.models.transformer import ZImageTransformer
@@ -113,3 +113,39 @@ def test_what_is_hooked_is_called(own_turbo: ZImagePipeline, device: torch.devic
     torch.testing.assert_close(kept[0], before, rtol=1e-4, atol=1e-5)
     # Of six blocks one does in torch what its hooks look at; its keys and its feed-forward are normalised on their own.
     assert kernels == {"normalize": 7, "add_normalized": 6, "add_then_normalize": 5, "rotate_normalized": 5, "gate": 6}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "float16"), ("float8", "bfloat16")])
+def test_rows_are_rounded_where_they_are_made(
+    turbo_folder: Path, device: torch.device, kernels: Counter[str], monkeypatch: pytest.MonkeyPatch,
+    kind: str, dtype: str,
+) -> None:  # fmt: skip
+    """With products of the device's own, which the CPU has too, in place of widened ones."""
+    with pytest.warns(ZImageWarning, match="round activations"):
+        transformer = ZImagePipeline.from_pretrained(
+            turbo_folder, dtype=dtype, device=device, weight_dtype=kind, quantize_activations=True
+        ).transformer
+    calls = Counter[str]()
+
+    def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = kernel(*args)
+            calls[name] += result is not None
+            return result
+
+        return call
+
+    for name in ("quantize", "scale_product"):
+        monkeypatch.setattr(rounding, name, counted(name, getattr(rounding, name)))
+    monkeypatch.setattr("zimage.models.rowwise.has_product", lambda *_: True)
+    with using("off"):
+        expected = forward(transformer, device)
+    assert not calls
+    with using("on"):
+        result = forward(transformer, device)
+    assert distance(result, expected) <= 0.03  # a last bit of half precision can be a step of 8 bits
+    # One block of six rounds: what attention gives is rounded on its own, all else by the kernel that makes it.
+    rows = calls.pop("quantize")
+    assert rows == 1
+    assert calls == ({} if (kind, dtype) == ("float8", "bfloat16") else {"scale_product": 7})
+    assert kernels == dict.fromkeys(NAMES, 6)

@@ -167,6 +167,17 @@ def test_a_rung_keeps_what_weights_are_stored_as() -> None:
         assert {rung.placement.weights for rung in rungs(plan, "denoising")} == {plan.placement.weights}
 
 
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_a_rung_keeps_whether_activations_are_rounded(quantize_activations: bool) -> None:
+    asked: dict[str, Any] = {"weights": "int8", "quantize_activations": quantize_activations}
+    plan = make_plan(RELEASED, Work(tokens=128), card(12), **asked)
+    found = rungs(plan, "denoising")
+    assert len(found) > 2
+    assert {rung.placement.quantize_activations for rung in (plan, *found)} == {quantize_activations}
+    least = make_plan(RELEASED, Work(tokens=128), card(4), **asked)
+    assert {one.placement.quantize_activations for one in (least, *least.rejected)} == {quantize_activations}
+
+
 def test_a_text_encoder_that_is_told_where_to_be() -> None:
     work = Work(tokens=128)
     assert make_plan(RELEASED, work, card(80), text_encoder="cpu").placement.text_encoder == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,13 @@ from zimage.memory.sizes import (
     decode_activations,
     denoise_activations,
     text_activations,
+    widened_weight,
 )
+from zimage.models import rowwise
 from zimage.models.autoencoder import Autoencoder
-from zimage.models.precision import DTYPES, cast
+from zimage.models.layers import row_kind
+from zimage.models.precision import DTYPES, cast, residual_dtype
+from zimage.models.quantized import quantize
 from zimage.models.transformer import Caption
 
 pytestmark = pytest.mark.no_cover  # the code of whole models, run at many sizes
@@ -100,3 +105,26 @@ def test_a_decode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> N
     latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta", dtype=model.dtype)
     seen = peak(lambda: Autoencoder(model)._pixels(latents, strip_levels))
     assert decode_activations(sizes_of_blanks(blanks(size)), work, strip_levels) == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("by_device", [False, True], ids=["widened", "the device's product"])
+@pytest.mark.parametrize(("size", "work"), WORKS[1:4])
+def test_rounded_activations_are_within_what_a_step_is_planned_for(
+    blanks: Blanks, monkeypatch: pytest.MonkeyPatch, size: str, work: Work, kind: str, by_device: bool
+) -> None:
+    """Of a block, which needs the most, with products in int32 or float32 that are scaled afterwards."""
+    monkeypatch.setattr(rowwise, "has_product", lambda *_: by_device)
+    model = copy.deepcopy(blanks(size)["transformer"].module)
+    cast(model, dtype=DTYPES[work.dtype])
+    quantize(model, kind, "layers", activations=True)
+    tokens = (work.height // 16) * (work.width // 16) + -(-work.tokens // 32) * 32
+    stream = torch.empty(1, tokens, model.config.dim, device="meta", dtype=residual_dtype(DTYPES[work.dtype]))
+    grid = model.grid(work.height // 8, work.width // 8, -(-work.tokens // 32) * 32)
+    (level,) = model.modulations(torch.empty(1, device="meta"))
+    block = model.layers[0]
+    assert row_kind(block.feed_forward.w2) == kind
+
+    seen = peak(lambda: model._run_block(block, stream, grid.rotations, level.blocks[-1]))
+    sizes = sizes_of_blanks(blanks(size))
+    assert seen <= denoise_activations(sizes, work) + widened_weight(sizes, work)[1]

@@ -37,6 +37,10 @@ COSINE = 0.999
 CHAINED_COSINE = 0.99
 """The same where rounding in half precision adds up over steps and guidance multiplies it (docs/parity.md)."""
 
+ROUNDED_COSINE, ROUNDED_STEP_COSINE = 0.8, 0.95
+"""The same, and after each step alone, where zimage's layers are rounded and diffusers' are not: another picture fails.
+How near rounding comes is then what is measured, not what is required (docs/memory.md has it of demo models)."""
+
 Work = Callable[[int], Callable[[Side], Any]]
 """A stage: for the round of a number, what a side does; inputs are made before, outside of its time."""
 
@@ -148,7 +152,8 @@ def step_cosine(bench: Bench) -> float:
 
     def replace(pipe: Any, index: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         results = {"zimage": as_tensor(ours[index]), "diffusers": as_tensor(tensors["latents"])}
-        compared.append(_compare(f"step {index + 1} of denoise", results, COSINE))
+        least = ROUNDED_STEP_COSINE if bench.settings.weight_dtype else COSINE
+        compared.append(_compare(f"step {index + 1} of denoise", results, least))
         return {"latents": ours[index].clone()}
 
     noise, steps = bench.noise(next(bench.numbers)), bench.request.num_inference_steps
@@ -243,6 +248,7 @@ def _report(bench: Bench, stages: list[Stage], attention: dict[str, dict[str, in
             "variant": pipe.variant.name,
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "blocks": _blocks(pipe),
+            "layers": settings.layers,
         },
         picture={
             "width": request.width,
@@ -292,7 +298,10 @@ def _compare(stage: str, results: Mapping[str, Tensor], least: float) -> float:
 
 
 def _least_cosine(bench: Bench, stage: str) -> float:
-    chained = stage in ("denoise", "end-to-end") and bench.request.guidance_scale > 0
+    denoised = stage in ("denoise", "end-to-end")
+    if denoised and bench.settings.weight_dtype:
+        return ROUNDED_COSINE
+    chained = denoised and bench.request.guidance_scale > 0
     return CHAINED_COSINE if chained and bench.pipe.dtype != torch.float32 else COSINE
 
 

@@ -81,6 +81,7 @@ def text(report: Report) -> str:
     """A line for each stage, then what the times mean."""
     model, picture, machine = report.model, report.picture, report.machine
     dtype = model["dtype"] + ("" if model["blocks"] == "eager" else f", blocks {model['blocks']}")
+    dtype += f" (zimage's layers: {model['layers']})" if model["layers"] != "full" else ""
     guidance = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] else ""
     head = [
         f"{model['name']}, {model['variant']}: {picture['width']}x{picture['height']}, "
@@ -95,7 +96,8 @@ def save(report: Report, folder: Path) -> Path:
     model, picture = report.model, report.picture
     parts = [
         "bench", Path(model["name"]).name, model["variant"], f"{picture['width']}x{picture['height']}",
-        model["dtype"], *([] if model["blocks"] == "eager" else [model["blocks"]]), report.machine["name"], report.date,
+        model["dtype"], *([] if model["blocks"] == "eager" else [model["blocks"]]),
+        *([model["layers"]] if model["layers"] != "full" else []), report.machine["name"], report.date,
     ]  # fmt: skip
     name = "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
     return write(report.to_dict(), folder, name)

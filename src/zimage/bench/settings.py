@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RequestError
+from ..memory.planner import check_weights
 from ..request import GenerationRequest, ResolvedRequest
 from ..testing.configs import SIZES
 from ..variants import Variant, get_variant
@@ -15,6 +16,8 @@ from ..variants import Variant, get_variant
 STAGES = ("encode", "denoise", "decode", "end-to-end")
 """In the order of a picture; the last is all of it, from the prompt to a PIL image."""
 SIDES = ("zimage", "diffusers")
+ROUNDED = ("int8", "float8", "nf4")
+"""What zimage's layers can be stored as beside diffusers' in full."""
 KEPT_ROUNDS = 10
 """Rounds of a result that is kept: a median of fewer moves with every disturbance."""
 PICTURES: dict[str, tuple[int, int | None]] = {
@@ -43,6 +46,8 @@ class Settings:
         compile: both sides with the transformer's blocks compiled, each in its own way; the round that is not measured
             waits for the compiler.
         cuda_graphs: zimage's side compiled with CUDA graphs besides, for pictures of up to 512 x 512 pixels.
+        weight_dtype, quantize_activations: what zimage's transformer stores its layers as and multiplies in, as for
+            `ZImagePipeline.from_pretrained`; diffusers' side and all else stay as they are.
         words: of the prompts, a number that no other round has included.
 
     Raises `RequestError` for what cannot work.
@@ -61,6 +66,8 @@ class Settings:
     only: str | None = None
     compile: bool = False
     cuda_graphs: bool = False
+    weight_dtype: str | None = None
+    quantize_activations: bool = False
     words: int = 20
 
     def __post_init__(self) -> None:
@@ -77,12 +84,26 @@ class Settings:
             raise RequestError(f"only can be zimage, got {self.only!r}; without it both sides are measured")
         if self.cuda_graphs and not self.compile:
             raise RequestError("CUDA graphs are an option of compiling; add compile (--compile)")
+        if self.weight_dtype not in (None, *ROUNDED):
+            raise RequestError(f"weight_dtype can be {', '.join(ROUNDED)} here, or left out; got {self.weight_dtype!r}")
+        check_weights(self.weight_dtype, self.quantize_activations)
         if self.size is not None:
             self.request(get_variant(self.variant or "turbo"))
 
     @property
     def sides(self) -> tuple[str, ...]:
         return SIDES if self.only is None else (self.only,)
+
+    @property
+    def layers(self) -> str:
+        """How zimage's layers are stored and multiplied, in words."""
+        if self.weight_dtype is None:
+            return "full"
+        return (
+            f"weights and activations in {self.weight_dtype}"
+            if self.quantize_activations
+            else (f"weights in {self.weight_dtype}")
+        )
 
     def request(self, variant: Variant) -> GenerationRequest:
         """The picture of every round, but for its prompt and noise; checked as far as `variant` tells."""

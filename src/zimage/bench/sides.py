@@ -20,6 +20,8 @@ from torch import Tensor
 from ..checkpoint.locate import locate
 from ..models.graphs import uses_graphs
 from ..models.precision import choose_dtype
+from ..models.quantized import quantized_copy
+from ..models.transformer import BLOCKS
 from ..pipeline import ZImagePipeline
 from ..request import ResolvedRequest
 from ..runtime import choose_device
@@ -137,7 +139,7 @@ def _load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     name: Any = str(dtype).removeprefix("torch.")
     if settings.model is not None and settings.only:
         pipe = ZImagePipeline.from_pretrained(settings.model, variant=settings.variant, dtype=dtype, device=device)
-        return pipe, None
+        return _rounded(pipe, settings), None
     if settings.model is None:
         variant: Any = settings.variant or "turbo"
         size: Any = settings.size
@@ -145,7 +147,15 @@ def _load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     else:
         theirs = _load_diffusers(settings.model, dtype).to(device)
     theirs.set_progress_bar_config(disable=True)
-    return ZImagePipeline.from_diffusers(theirs, variant=settings.variant), theirs
+    return _rounded(ZImagePipeline.from_diffusers(theirs, variant=settings.variant), settings), theirs
+
+
+def _rounded(pipe: ZImagePipeline, settings: Settings) -> ZImagePipeline:
+    """`pipe` with the layers of its transformer as the settings have them, beside those in full that others share."""
+    if settings.weight_dtype is not None:
+        kind, activations = settings.weight_dtype, settings.quantize_activations
+        pipe.transformer = quantized_copy(pipe.transformer, kind, *BLOCKS, activations=activations)
+    return pipe
 
 
 def _load_diffusers(model: str, dtype: torch.dtype) -> Any:

@@ -93,7 +93,8 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
     layers: list[Layer] = []
     if plan is not None and plan.placement.weights:
         quantize(found.blanks["text_encoder"].module, plan.placement.weights, "layers")
-        quantize(found.blanks["transformer"].module, plan.placement.weights, *BLOCKS)
+        activations = plan.placement.quantize_activations
+        quantize(found.blanks["transformer"].module, plan.placement.weights, *BLOCKS, activations=activations)
     for component in PARTS:
         blank, weights = found.blanks[component], found.weights[component]
         streamed = streamed_names(plan.placement, component, blank.module) if plan else []

@@ -26,7 +26,7 @@ from .replay import replay
 
 CANCELLED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
-_PARAMETERS = re.compile(r"\b(any_size|keep_steps|variant|dtype|weight_dtype)=(?:True|'(\w+)')")
+_PARAMETERS = re.compile(r"\b(any_size|keep_steps|variant|dtype|weight_dtype|quantize_activations)=(?:True|'(\w+)')")
 
 app = typer.Typer(name="zimage", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(generate)

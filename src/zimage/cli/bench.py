@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..bench.settings import KEPT_ROUNDS, STAGES, Settings
+from ..bench.settings import KEPT_ROUNDS, ROUNDED, STAGES, Settings
 from ..errors import RequestError
-from .options import MODEL_HELP, Device, Dtype, Json, Quiet, check_request
+from .options import MODEL_HELP, Device, Dtype, Json, QuantizeActivations, Quiet, check_request
 from .running import shows_progress
 
 
@@ -33,6 +33,10 @@ def bench(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="With --compile: zimage's side with CUDA graphs besides.")
     ] = False,
+    weight_dtype: Annotated[
+        str | None, typer.Option("--weight-dtype", help=f"zimage's layers in {', '.join(ROUNDED)}; diffusers' in full.")
+    ] = None,
+    quantize_activations: QuantizeActivations = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Folder to keep the result in; {KEPT_ROUNDS} rounds or more.")
     ] = None,
@@ -41,12 +45,13 @@ def bench(
 ) -> None:
     """Measure each stage of a picture, zimage and diffusers in turn on the same weights.
 
-    Exit code 1 if the two do not do the same work or their results differ.
+    Exit code 1 if the two do not do the same work or their results differ. With --weight-dtype results are reported,
+    and only those of another picture are an error.
     """
     settings = _settings(
         size=size or (None if model else "tiny"), model=model, variant=variant, device=device, dtype=dtype,
         height=height, width=width, steps=steps, rounds=rounds, stages=_names(stages), only=only,
-        compile=compile, cuda_graphs=cuda_graphs,
+        compile=compile, cuda_graphs=cuda_graphs, weight_dtype=weight_dtype, quantize_activations=quantize_activations,
     )  # fmt: skip
     if output is not None and rounds < KEPT_ROUNDS:
         raise RequestError(f"a result that is kept needs {KEPT_ROUNDS} rounds or more, got {rounds}; drop --output")

@@ -38,6 +38,10 @@ Memory = Annotated[str | None, typer.Option("--memory", help="Of the device, at 
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="What weights are stored as: full, bfloat16, int8, float8 or nf4.")
 ]
+QuantizeActivations = Annotated[
+    bool,
+    typer.Option("--quantize-activations", help="With weights in int8 or float8: multiply in 8 bits on both sides."),
+]
 Transformer = Annotated[
     str | None,
     typer.Option("--transformer", help="Its weights: a GGUF or safetensors file, here or owner/name/file on the hub."),

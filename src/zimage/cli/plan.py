@@ -18,6 +18,7 @@ from .options import (
     MODEL_VARIABLE,
     Dtype,
     Json,
+    QuantizeActivations,
     Transformer,
     WeightDtype,
     check_request,
@@ -40,6 +41,7 @@ def plan(
         str | None, typer.Option("--text-encoder", help="resident, streamed or cpu; chosen if not given.")
     ] = None,
     weight_dtype: WeightDtype = None,
+    quantize_activations: QuantizeActivations = False,
     transformer: Transformer = None,
     json: Json = False,
 ) -> None:
@@ -52,7 +54,12 @@ def plan(
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
     work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
     found = make_plan(
-        sizes, work, _budget(memory, host_memory, device), text_encoder=text_encoder, weights=weight_dtype
+        sizes,
+        work,
+        _budget(memory, host_memory, device),
+        text_encoder=text_encoder,
+        weights=weight_dtype,
+        quantize_activations=quantize_activations,
     )
     if json:
         print(json_format.dumps({"model": model, **found.to_dict()}))

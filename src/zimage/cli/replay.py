@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import AdapterError, Cancelled, CheckpointError, RequestError
-from ..memory.planner import FULL
+from ..memory.planner import FULL, WITH_ACTIVATIONS
 from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
 from .options import (
@@ -135,6 +135,7 @@ def _load(
             device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),
             memory=memory,
             weight_dtype=weights if weights in (FULL, *STORED_BYTES) else None,
+            quantize_activations=weights in WITH_ACTIVATIONS and recipe.runtime.get("activations") == weights,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only or not trusted,

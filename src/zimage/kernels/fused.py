@@ -29,6 +29,8 @@ MOST_BATCHES = 65535
 """The second axis of a launch ends there."""
 GATE_BLOCK = 2048
 """Elements of a program without sums: two loads of 16 bytes from each source and thread, in half precision."""
+FLOAT8_CARDS = (8, 9)
+"""Compute capability from which on cards convert float8 e4m3."""
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
@@ -46,19 +48,26 @@ def _overridable(function: Callable[Parameters, Value]) -> Callable[Parameters, 
     return call
 
 
+Rounded = tuple[Tensor, Tensor, torch.dtype]
+"""Rows in 8 bits, the scale of each in float32, and the type that they were rounded from."""
+
+
 @_overridable
-def normalize(hidden: Tensor, weight: Tensor, factor: Tensor | None, eps: float) -> Tensor | None:
-    """RMS norm of rows of `hidden` (..., width) in the weight's type, times `factor` (B or 1, 1, width) if given."""
+def normalize(
+    hidden: Tensor, weight: Tensor, factor: Tensor | None, eps: float, narrow: torch.dtype | None = None
+) -> Tensor | Rounded | None:
+    """RMS norm of rows of `hidden` (..., width) in the weight's type, times `factor` (B or 1, 1, width) if given; then
+    rounded to `narrow`, int8 or float8 e4m3, if that is given."""
     shape = _shape(hidden, factor)
-    if shape is None or not _fit(hidden, shape[2], weight, factor):
+    if shape is None or not _fit(hidden, shape[2], weight, factor) or not _converts(hidden, narrow):
         return None
-    result = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device)
+    result, scales = _rows_like(hidden, weight.dtype, narrow)
     count, columns = _tile(shape[2])
     _launch(
-        rows.normalize_rows, (-(-shape[1] // count), shape[0]), hidden, weight, factor, result, shape[1], eps,
+        rows.normalize_rows, (-(-shape[1] // count), shape[0]), hidden, weight, factor, result, scales, shape[1], eps,
         batched=_batched(factor), width=shape[2], rows=count, columns=columns, num_warps=_warps(columns),
     )  # fmt: skip
-    return result
+    return result if scales is None else (result, scales, weight.dtype)
 
 
 @_overridable
@@ -78,9 +87,12 @@ def add_then_normalize(
     next_weight: Tensor,
     next_factor: Tensor | None,
     next_eps: float,
-) -> tuple[Tensor, Tensor] | None:
-    """What `add_normalized` gives, and the norm of that with the `next_` weight, factor and eps."""
-    return _add(tokens, update, weight, gate, eps, next_weight, next_factor, next_eps)
+    narrow: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | Rounded] | None:
+    """What `add_normalized` gives, and the norm of that with the `next_` weight, factor and eps, rounded to `narrow` if
+    that is given."""
+    added = _add(tokens, update, weight, gate, eps, next_weight, next_factor, next_eps, narrow)
+    return added if added is None or narrow is None else (added[0], (*added[1:], next_weight.dtype))
 
 
 def _add(
@@ -92,6 +104,7 @@ def _add(
     next_weight: Tensor | None = None,
     next_factor: Tensor | None = None,
     next_eps: float = 0.0,
+    narrow: torch.dtype | None = None,
 ) -> Any:
     shape = _shape(update, gate, next_factor)
     if shape is None or tokens.shape != update.shape or not _fit(tokens, shape[2]):
@@ -100,17 +113,19 @@ def _add(
         return None
     if next_weight is not None and not _fit(tokens, shape[2], next_weight, next_factor):
         return None
-    result, following = torch.empty_like(tokens), None
+    if not _converts(tokens, narrow):
+        return None
+    result, following, scales = torch.empty_like(tokens), None, None
     if next_weight is not None:
-        following = torch.empty_like(tokens, dtype=next_weight.dtype)
+        following, scales = _rows_like(tokens, next_weight.dtype, narrow)
     count, columns = _tile(shape[2])
     _launch(
         rows.add_rows, (-(-shape[1] // count), shape[0]), tokens, update, weight, gate, result,
-        next_weight, next_factor, following, shape[1], eps, next_eps,
+        next_weight, next_factor, following, scales, shape[1], eps, next_eps,
         batched=_batched(gate), next_batched=_batched(next_factor),
         width=shape[2], rows=count, columns=columns, num_warps=_warps(columns),
     )  # fmt: skip
-    return result, following
+    return (result, following) if narrow is None else (result, following, scales)
 
 
 @_overridable
@@ -155,14 +170,19 @@ def rotate_normalized(
 
 
 @_overridable
-def gate(opening: Tensor, content: Tensor, scale: float, in_place: bool) -> Tensor | None:
-    """`silu(opening) * (content * scale)` of two tensors of one shape; written over `opening` if `in_place`."""
+def gate(
+    opening: Tensor, content: Tensor, scale: float, in_place: bool, narrow: torch.dtype | None = None
+) -> Tensor | Rounded | None:
+    """`silu(opening) * (content * scale)` of two tensors of one shape; written over `opening` if `in_place`; its rows
+    rounded to `narrow` instead, if that is given."""
     if opening.shape != content.shape or opening.dtype != content.dtype or not opening.numel():
         return None
     if opening.dtype not in TYPES or opening.device != content.device:
         return None
     if not (opening.is_contiguous() and content.is_contiguous()):
         return None
+    if narrow is not None:
+        return _gate_rows(opening, content, scale, narrow)
     result = opening if in_place else torch.empty_like(opening)
     length = opening.numel()
     _launch(
@@ -170,6 +190,20 @@ def gate(opening: Tensor, content: Tensor, scale: float, in_place: bool) -> Tens
         scale=scale, is_whole=length % GATE_BLOCK == 0, block=GATE_BLOCK, num_warps=4,
     )  # fmt: skip
     return result
+
+
+def _gate_rows(opening: Tensor, content: Tensor, scale: float, narrow: torch.dtype) -> Rounded | None:
+    width = opening.shape[-1]
+    columns = _power_of_two(width)
+    if width > WIDEST or not _converts(opening, narrow):
+        return None
+    result, scales = _rows_like(opening, opening.dtype, narrow)
+    _launch(
+        rows.gate_rows, (opening.numel() // width,), opening, content, result, scales,
+        scale=scale, width=width, columns=columns, num_warps=_warps(columns),
+    )  # fmt: skip
+    assert scales is not None
+    return result, scales, opening.dtype
 
 
 @_overridable
@@ -237,6 +271,21 @@ def _fit_heads(heads: Tensor, weight: Tensor) -> bool:
     if _power_of_two(heads.shape[2]) * _power_of_two(heads.shape[3]) > WIDEST:
         return False
     return heads.dtype in TYPES and _fit(weight, heads.shape[3], weight) and weight.device == heads.device
+
+
+def _converts(hidden: Tensor, narrow: torch.dtype | None) -> bool:
+    """Whether the card of `hidden` can round to `narrow`."""
+    if narrow is None or not hidden.is_cuda or narrow != torch.float8_e4m3fn:
+        return True
+    return torch.cuda.get_device_capability(hidden.device) >= FLOAT8_CARDS
+
+
+def _rows_like(hidden: Tensor, dtype: torch.dtype, narrow: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Room for as many rows in `dtype`, or for those in `narrow` and their scales (..., 1)."""
+    result = torch.empty(hidden.shape, dtype=narrow or dtype, device=hidden.device)
+    if narrow is None:
+        return result, None
+    return result, torch.empty((*hidden.shape[:-1], 1), dtype=torch.float32, device=hidden.device)
 
 
 def _batched(factor: Tensor | None) -> bool:

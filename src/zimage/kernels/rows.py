@@ -24,12 +24,35 @@ def _times(values, factors):
     return (values.to(tl.float32) * factors.to(tl.float32)[None, :]).to(values.dtype)
 
 
+@triton.jit
+def _store(values, result, scales, place, row, inside, is_row):
+    """Rows (rows, columns) of `values` to `place` in `result`; with `scales`, `result` is int8 or float8 e4m3, and each
+    row is rounded to that with a scale of its own, which goes to `row` there. See `models/rowwise.py`."""
+    if scales is None:
+        tl.store(result + place, values, mask=inside)
+    else:
+        narrow: tl.constexpr = result.dtype.element_ty
+        most: tl.constexpr = 127.0 if narrow == tl.int8 else 448.0
+        wide = values.to(tl.float32)
+        # A maximum passes NaN over; in this sum, 0 else, it and infinities stay.
+        broken = tl.sum(wide * 0.0, 1)
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(wide), 1), most), 7.888609052210118e-31) + broken  # at least 2⁻¹⁰⁰
+        scaled = wide * tl.div_rn(1.0, scale)[:, None]
+        if narrow == tl.int8:
+            scaled = (
+                scaled + 12582912.0
+            ) - 12582912.0  # 1.5 · 2²³, beside which only whole numbers are: to the nearest
+        tl.store(result + place, scaled.to(narrow), mask=inside)
+        tl.store(scales + row, scale, mask=is_row)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def normalize_rows(
     hidden,
     weight,
     factor,
     result,
+    scales,
     tokens,
     eps,
     batched: tl.constexpr,
@@ -37,7 +60,8 @@ def normalize_rows(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """RMS norm of `rows` tokens, times `factor` (batch or 1, width) if there is one; grid (tokens / rows, batch)."""
+    """RMS norm of `rows` tokens, times `factor` (batch or 1, width) if there is one, stored as `_store` has it; grid
+    (tokens / rows, batch)."""
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     column = tl.arange(0, columns)
@@ -48,7 +72,7 @@ def normalize_rows(
     if factor is not None:
         start = batch * width if batched else 0
         normal = _times(normal, tl.load(factor + start + column, mask=column < width, other=0.0))
-    tl.store(result + place, normal, mask=inside)
+    _store(normal, result, scales, place, batch * tokens + token, inside, token < tokens)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -61,6 +85,7 @@ def add_rows(
     next_weight,
     next_factor,
     next_result,
+    next_scales,
     tokens,
     eps,
     next_eps,
@@ -72,7 +97,7 @@ def add_rows(
 ):
     """Rows of the residual stream plus the norm of `update`, times `gate` if there is one, as `normalize_rows` has it.
 
-    With a `next_weight`, the norm of what that gives as well, before it leaves the registers.
+    With a `next_weight`, the norm of what that gives as well, before it leaves the registers, as `_store` has it.
     """
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -93,7 +118,7 @@ def add_rows(
         if next_factor is not None:
             start = batch * width if next_batched else 0
             normal = _times(normal, tl.load(next_factor + start + column, mask=column < width, other=0.0))
-        tl.store(next_result + place, normal, mask=inside)
+        _store(normal, next_result, next_scales, place, batch * tokens + token, inside, token < tokens)
 
 
 @triton.jit
@@ -205,10 +230,60 @@ def gate_elements(
     `result` may be `gate`."""
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = None if is_whole else place < length
-    dtype: tl.constexpr = result.dtype.element_ty
+    tl.store(result + place, _gated(gate, content, place, inside, scale), mask=inside)
+
+
+@triton.jit
+def gate_rows(gate, content, result, scales, scale: tl.constexpr, width: tl.constexpr, columns: tl.constexpr):
+    """The same for one row of `width` numbers a program, rounded as `_store` has it; grid (tokens,)."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
+    place, inside = row[:, None] * width + column, column < width
+    gated = tl.where(inside, _gated(gate, content, place, inside, scale), 0.0)
+    _store(gated, result, scales, place, row, inside, row >= 0)
+
+
+@triton.jit
+def _gated(gate, content, place, inside, scale: tl.constexpr):
+    dtype: tl.constexpr = gate.dtype.element_ty
     opening = tl.load(gate + place, mask=inside).to(tl.float32)
     opening = (opening / (1.0 + tl.exp(-opening))).to(dtype).to(tl.float32)
     held = tl.load(content + place, mask=inside).to(tl.float32)
     if scale != 1.0:
         held = (held * scale).to(dtype).to(tl.float32)
-    tl.store(result + place, (opening * held).to(dtype), mask=inside)
+    return (opening * held).to(dtype)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def quantize_rows(hidden, result, scales, tokens, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """`rows` tokens as they are, rounded as `_store` has it; grid (tokens / rows,)."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    column = tl.arange(0, columns)[None, :]
+    place, inside = row[:, None] * width + column, (row < tokens)[:, None] & (column < width)
+    _store(tl.load(hidden + place, mask=inside, other=0.0), result, scales, place, row, inside, row < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def scale_rows(
+    product,
+    row_scales,
+    column_scales,
+    bias,
+    result,
+    tokens,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """A tile of a product (tokens, width) of 8-bit numbers times the scales of its rows and columns, plus `bias`
+    (width,) if there is one; grid (tokens / rows, width / columns)."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    is_row, is_column = row < tokens, column < width
+    place, inside = row[:, None] * width + column[None, :], is_row[:, None] & is_column[None, :]
+    wide = tl.load(product + place, mask=inside, other=0).to(tl.float32)
+    wide = wide * tl.load(row_scales + row, mask=is_row, other=0.0)[:, None]
+    wide = wide * tl.load(column_scales + column, mask=is_column, other=0.0)[None, :]
+    if bias is not None:
+        wide += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    tl.store(result + place, wide.to(result.dtype.element_ty), mask=inside)

@@ -62,12 +62,14 @@ def wanted(tensor: Tensor) -> bool:
 
 
 def run(name: str, *args: Any) -> Any:
-    """What the kernel `name` of `fused` gives, or `None` where the plain expression has to be taken."""
+    """What the kernel `name` gives, one of `fused` or, as "module.name", of another module here; or `None` where the
+    plain expression has to be taken."""
     mode = _mode.get()
     if mode == "off" or (_failures and mode != "on") or not all(map(_is_plain, args)):
         return None
     try:
-        return getattr(import_module(f"{__package__}.fused"), name)(*args)
+        module, _, kernel = name.rpartition(".")
+        return getattr(import_module(f"{__package__}.{module or 'fused'}"), kernel)(*args)
     except Exception as error:
         if mode == "on" or is_out_of_memory(error):
             raise

@@ -66,6 +66,8 @@ class Placement:
             "files".
         weights: what the layers of text encoder and transformer are stored as, "bfloat16", "int8", "float8" or "nf4";
             None is the precision that they compute in. Modulations, embedders and the final layer always have that.
+        quantize_activations: whether the transformer's layers round what they multiply to that as well; what this
+            takes is within what products with widened weights take.
     """
 
     text_encoder: str
@@ -77,6 +79,7 @@ class Placement:
     text_source: str = "memory"
     block_source: str = "memory"
     weights: str | None = None
+    quantize_activations: bool = False
 
     @property
     def streamed_blocks(self) -> int:
@@ -114,6 +117,7 @@ class Placement:
             strip_levels=max(self.strip_levels, other.strip_levels),
             text_source=self.text_source if self.text_waits else other.text_source,
             block_source=self.block_source if self.blocks_wait else other.block_source,
+            quantize_activations=self.quantize_activations,
         )
 
     def __str__(self) -> str:
@@ -126,7 +130,8 @@ class Placement:
             if self.strip_levels
             else "decode whole",
         ]
-        parts += [f"weights in {self.weights}"] if self.weights else []
+        rounded = "weights and the transformer's activations" if self.quantize_activations else "weights"
+        parts += [f"{rounded} in {self.weights}"] if self.weights else []
         return ", ".join(parts)
 
 

@@ -21,24 +21,33 @@ STRIP_LEVELS = (1, 2)
 FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 """How weights are asked for in the compute type; what they are stored as for float32 where the files are so and it does
 not fit, which changes nothing; and where nothing fits at all."""
+WITH_ACTIVATIONS = ("int8", "float8")
+"""What weights must be stored as for activations to be rounded to it too: what devices have products of."""
 STEP_DOWN = 0.95
 """Of what a stage was predicted to need and did not get, what the next rung may use."""
 
 
 def make_plan(
-    sizes: ModelSizes, work: Work, budget: Budget, *, text_encoder: str | None = None, weights: str | None = None
+    sizes: ModelSizes,
+    work: Work,
+    budget: Budget,
+    *,
+    text_encoder: str | None = None,
+    weights: str | None = None,
+    quantize_activations: bool = False,
 ) -> Plan:
     """The first placement that fits `budget`; `text_encoder` fixes where that is (see `Placement`).
 
     `weights` fixes what layers are stored as: "bfloat16", "int8", "float8", "nf4", or "full" for the compute type;
-    without it they are in full, or as `_choices` has it. Raises `NotEnoughMemory` naming what would fit, `RequestError`
-    for wrong options.
+    without it they are in full, or as `_choices` has it. `quantize_activations` goes into the placement. Raises
+    `NotEnoughMemory` naming what would fit, `RequestError` for wrong options.
     """
-    check_weights(weights)
+    check_weights(weights, quantize_activations)
     if text_encoder not in (None, "resident", "streamed", "cpu"):
         raise RequestError(f"text_encoder must be 'resident', 'streamed' or 'cpu', got {text_encoder!r}")
     rejected: list[Rejected] = []
-    for placement in _choices(sizes, work, budget, text_encoder, weights):
+    for choice in _choices(sizes, work, budget, text_encoder, weights):
+        placement = replace(choice, quantize_activations=quantize_activations)
         chosen, reason = _with_source(sizes, work, budget, placement)
         if not reason:
             stages = predict(sizes, work, budget, chosen)
@@ -49,14 +58,20 @@ def make_plan(
     raise NotEnoughMemory(_too_little(sizes, work, budget, rejected[-1], weights))
 
 
-def check_weights(weights: str | None) -> None:
-    """Raises `RequestError` for what weights cannot be stored as."""
+def check_weights(weights: str | None, quantize_activations: bool = False) -> None:
+    """Raises `RequestError` for what weights cannot be stored as, or cannot be where activations are rounded too."""
     if weights not in (None, FULL, *STORED_BYTES):
         known = ", ".join([FULL, *STORED_BYTES])
         raise RequestError(f"weight_dtype must be {known}, or left out; got {weights!r}")
+    if quantize_activations and weights not in WITH_ACTIVATIONS:
+        wanted = " or ".join(f"weight_dtype={kind!r}" for kind in WITH_ACTIVATIONS)
+        got = "it was left out" if weights is None else f"got {weights!r}"
+        raise RequestError(f"quantize_activations=True needs {wanted}, {got}; or leave quantize_activations=True out")
 
 
-def plan_model(sizes: ModelSizes, dtype: str, budget: Budget, *, weights: str | None = None) -> Plan:
+def plan_model(
+    sizes: ModelSizes, dtype: str, budget: Budget, *, weights: str | None = None, quantize_activations: bool = False
+) -> Plan:
     """The plan for pictures of the size that the model was trained on or, where that does not fit, of a smaller one.
 
     Raises `NotEnoughMemory` where not even a quarter of the side fits.
@@ -64,7 +79,8 @@ def plan_model(sizes: ModelSizes, dtype: str, budget: Budget, *, weights: str | 
     refusal = None
     for side in (sizes.native_side, sizes.native_side // 2, sizes.native_side // 4):
         try:
-            return make_plan(sizes, Work(height=side, width=side, dtype=dtype), budget, weights=weights)
+            work = Work(height=side, width=side, dtype=dtype)
+            return make_plan(sizes, work, budget, weights=weights, quantize_activations=quantize_activations)
         except NotEnoughMemory as error:
             refusal = refusal or error
     assert refusal is not None

@@ -7,7 +7,7 @@ unknown is called as it stands. Knows no model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,7 +15,9 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from ..kernels.switch import run, wanted
+from .quantized import QuantizedLinear
 from .rope import rotate
+from .rowwise import NARROW, Quantized, Rows, rounded
 
 
 def is_bare(module: Any) -> bool:
@@ -24,19 +26,35 @@ def is_bare(module: Any) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def normalize(norm: Any, hidden: Tensor, factor: Tensor | None = None) -> Tensor:
-    """`norm(hidden)`, times `factor` if there is one; `norm` is diffusers' RMSNorm or anything in its place.
+def row_kind(*modules: Any) -> str | None:
+    """What all of `modules` round their input to, "int8" or "float8", so that it can be done once for them, by whatever
+    makes that input; `None` where one of them takes it as it is, or is looked at by a hook."""
+    kinds = {module.rows if type(module) is QuantizedLinear and is_bare(module) else None for module in modules}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+@overload
+def normalize(norm: Any, hidden: Tensor, factor: Tensor | None = None) -> Tensor: ...
+@overload
+def normalize(norm: Any, hidden: Tensor, factor: Tensor | None, kind: str | None) -> Rows: ...
+def normalize(norm: Any, hidden: Tensor, factor: Tensor | None = None, kind: str | None = None) -> Rows:
+    """`norm(hidden)`, times `factor` if there is one, as rows of `kind` if that is given; `norm` is diffusers' RMSNorm
+    or anything in its place.
 
     Formed as diffusers does: the mean square in float32 (arXiv 1910.07467, eq. 4), then in the type of the weight.
     """
     weight = _weight(norm)
-    if weight is None:
-        normal = norm(hidden)
-        return normal if factor is None else normal * factor
-    if wanted(hidden):
-        fused: Tensor | None = run("normalize", hidden, weight, factor, norm.eps)
+    if weight is not None and wanted(hidden):
+        fused = run("normalize", hidden, weight, factor, norm.eps, *_narrow(kind))
         if fused is not None:
-            return fused
+            return _rows(fused)
+    return rounded(_normal(norm, hidden, factor, weight), kind)
+
+
+def _normal(norm: Any, hidden: Tensor, factor: Tensor | None, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        normal: Tensor = norm(hidden)
+        return normal if factor is None else normal * factor
     wide = hidden.float()
     inverse = wide.pow(2).mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
     normal = (wide * inverse).to(weight.dtype).mul_(weight)
@@ -62,17 +80,18 @@ def add_then_normalize(
     gate: Tensor | None,
     next_norm: Any,
     next_factor: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`add_normalized(tokens, norm, update, gate)`, and `normalize(next_norm, ..., next_factor)` of that."""
+    kind: str | None = None,
+) -> tuple[Tensor, Rows]:
+    """`add_normalized(tokens, norm, update, gate)`, and `normalize(next_norm, ..., next_factor, kind)` of that."""
     if wanted(tokens):
         weight, next_weight = _weight(norm), _weight(next_norm)
         if weight is not None and next_weight is not None:
-            following = next_weight, next_factor, next_norm.eps
+            following = next_weight, next_factor, next_norm.eps, *_narrow(kind)
             fused = run("add_then_normalize", tokens, update, weight, gate, norm.eps, *following)
             if fused is not None:
-                return fused[0], fused[1]
+                return fused[0], _rows(fused[1])
     tokens = add_normalized(tokens, norm, update, gate)
-    return tokens, normalize(next_norm, tokens, next_factor)
+    return tokens, normalize(next_norm, tokens, next_factor, kind)
 
 
 def rotate_normalized(
@@ -93,17 +112,15 @@ def rotate_normalized(
     return query, key
 
 
-def gate(opening: Any, content: Any, hidden: Tensor, scale: float = 1.0) -> Tensor:
-    """`silu(opening(hidden)) * (content(hidden) * scale)` of two modules."""
-    if not wanted(hidden):
-        opened, held = activate(opening, hidden), content(hidden)
-        return opened.mul_(held if scale == 1.0 else held * scale)
+def gate(opening: Any, content: Any, hidden: Rows, scale: float = 1.0, kind: str | None = None) -> Rows:
+    """`silu(opening(hidden)) * (content(hidden) * scale)` of two modules, as rows of `kind` if that is given."""
     opened, held = opening(hidden), content(hidden)
     in_place = is_bare(opening) and opened is not hidden
-    fused: Tensor | None = run("gate", opened, held, scale, in_place)
-    if fused is not None:
-        return fused
-    return F.silu(opened, inplace=in_place).mul_(held if scale == 1.0 else held * scale)
+    if wanted(opened):
+        fused = run("gate", opened, held, scale, in_place, *_narrow(kind))
+        if fused is not None:
+            return _rows(fused)
+    return rounded(F.silu(opened, inplace=in_place).mul_(held if scale == 1.0 else held * scale), kind)
 
 
 def activate(module: Any, hidden: Tensor) -> Tensor:
@@ -122,3 +139,13 @@ def _weight(norm: Any) -> Tensor | None:
     if type(norm) is not RMSNorm or weight is None or norm.bias is not None or not is_bare(norm):
         return None
     return weight
+
+
+def _narrow(kind: str | None) -> tuple[torch.dtype, ...]:
+    """What a kernel is told beside its usual arguments to round rows to `kind`."""
+    return () if kind is None else (NARROW[kind],)
+
+
+def _rows(fused: Any) -> Rows:
+    """What a kernel gave."""
+    return fused if isinstance(fused, Tensor) else Quantized(*fused)

@@ -8,8 +8,10 @@ files and no plans.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,9 +19,7 @@ from torch import Tensor, nn
 
 from ..memory.sizes import NF4_BLOCK
 from . import ggml
-
-INT8_MOST, FLOAT8_MOST = 127.0, 448.0
-"""The largest values of int8 (symmetric) and of float8 e4m3 (arXiv 2209.05433, table 1)."""
+from .rowwise import MOST, NARROW, Rows, has_product, multiplied, rounded
 
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -34,7 +34,15 @@ NF4_PIECE = 2**22
 SKIPPED = ("adaLN_modulation",)
 """Parts of a block that keep the compute type."""
 
-STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "nf4": torch.uint8}
+WIDE_BLOCKS = (("context_refiner", slice(None)), ("noise_refiner", slice(None)), ("layers", slice(-1, None)))
+"""Blocks whose layers never round their input, by list and place in it. Captions are refined once for a picture, so
+there is nothing to win. Of what rounded inputs add to the error of an evaluation (in squares), the last block alone
+brings about half in the demo models, which have five, and the noise refiner more than half on random weights; of the
+released models' work these are an eleventh. Of kinds of layers w2 brings most, in int8 half as well, but it is a fifth
+of the work, and with these blocks left out less remains than without w2 (docs/memory.md). Others who round Z-Image's
+blocks to int8 round all kinds (vllm-omni#1470, xDiT#729)."""
+
+STORED = {**NARROW, "nf4": torch.uint8}
 """What the weights of each kind are stored as; of nf4 two to a byte."""
 
 
@@ -91,16 +99,24 @@ class QuantizedLinear(StoredLinear):
     """A linear layer of `kind` "int8", "float8" or "nf4".
 
     `weight` (out, in) holds what is stored, of nf4 (out, in / 2); `scale` in float32 is what that is multiplied with:
-    (out, 1), of nf4 (out, in / 64).
+    (out, 1), of nf4 (out, in / 64). `rows` is what it rounds its input to before a product, if it does: its `kind`.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, linear: nn.Linear, kind: str, rows: str | None = None) -> None:
         """In the place of `linear`, without values, on the meta device."""
         super().__init__(linear, kind)
-        rows, columns = linear.weight.shape
+        self.rows = rows
+        count, columns = linear.weight.shape
         packed, groups = (columns // 2, columns // NF4_BLOCK) if kind == "nf4" else (columns, 1)
-        self.weight = _empty((rows, packed), STORED[kind])
-        self.scale = _empty((rows, groups), torch.float32)
+        self.weight = _empty((count, packed), STORED[kind])
+        self.scale = _empty((count, groups), torch.float32)
+
+    def forward(self, hidden: Rows) -> Tensor:
+        """`hidden` (..., in) to (..., out): tokens, or the rows that they are rounded to."""
+        rows = rounded(hidden, self.rows) if isinstance(hidden, Tensor) else hidden
+        return (
+            super().forward(rows) if isinstance(rows, Tensor) else multiplied(rows, self.weight, self.scale, self.bias)
+        )
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) in `dtype`."""
@@ -112,12 +128,23 @@ class QuantizedLinear(StoredLinear):
         return torch.cat([_nf4_values(weight, scale, levels) for weight, scale in parts])
 
 
-def quantize(module: nn.Module, kind: str, *blocks: str) -> None:
-    """Replace the linear layers in the lists of blocks named `blocks` of a module that has no values yet."""
-    stored = NarrowLinear if kind == "bfloat16" else QuantizedLinear
+def quantize(module: nn.Module, kind: str, *blocks: str, activations: bool = False) -> None:
+    """Replace the linear layers in the lists of blocks named `blocks` of a module that has no values yet.
+
+    With `activations` they round their input too (`kind` "int8" or "float8"), but for those of `WIDE_BLOCKS`.
+    """
+    wide = {
+        f"{name}.{number}"
+        for name, part in WIDE_BLOCKS
+        if name in blocks
+        for number in range(len(getattr(module, name)))[part]
+    }
     for path, layer in _plain_layers(module, blocks):
-        if fits(layer, kind):
-            _replace(module, path, stored(layer, kind))
+        if kind == "bfloat16":
+            _replace(module, path, NarrowLinear(layer, kind))
+        elif fits(layer, kind):
+            rows = kind if activations and ".".join(path.split(".")[:2]) not in wide else None
+            _replace(module, path, QuantizedLinear(layer, kind, rows))
 
 
 def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
@@ -126,6 +153,30 @@ def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
         kind = kinds.get(f"{path}.weight")
         if kind in ggml.KINDS:
             _replace(module, path, PackedLinear(layer, kind))
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def quantized_copy(module: Module, kind: str, *blocks: str, activations: bool = False) -> Module:
+    """`module`, which has its values, with layers stored as by `quantize`; its other parameters and the modules outside
+    of `blocks` are shared with it."""
+    kept: list[object] = [*module.parameters(), *module.buffers()]
+    kept += [child for name, child in module.named_children() if name not in blocks]
+    copied = copy.deepcopy(module, {id(one): one for one in kept})
+    quantize(copied, kind, *blocks, activations=activations)
+    for path, layer in copied.named_modules():
+        if isinstance(layer, QuantizedLinear) and layer.weight.is_meta:
+            stored = quantize_rows(module.get_parameter(f"{path}.weight").detach(), kind)
+            layer.weight, layer.scale = (nn.Parameter(one, requires_grad=False) for one in stored)
+    return copied
+
+
+def widening(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Of the layers of `module` that round activations, how many widen them again on `device`, and how many are."""
+    layers = [one for one in module.modules() if isinstance(one, QuantizedLinear) and one.rows is not None]
+    widened = [one for one in layers if not has_product(one.kind, dtype, one.weight.shape, device)]
+    return len(widened), len(layers)
 
 
 def _plain_layers(module: nn.Module, blocks: tuple[str, ...]) -> list[tuple[str, nn.Linear]]:
@@ -157,7 +208,7 @@ def quantize_rows(rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     wide = rows.float()
     if kind == "nf4":
         return _nf4(wide)
-    most = INT8_MOST if kind == "int8" else FLOAT8_MOST
+    most = MOST[kind]
     scale = (wide.abs().amax(dim=1, keepdim=True) / most).bfloat16().float()
     scaled = (wide / torch.where(scale > 0, scale, 1.0)).clamp_(-most, most)
     return (scaled.round_() if kind == "int8" else scaled).to(STORED[kind]), scale

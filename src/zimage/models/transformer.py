@@ -19,9 +19,10 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from torch import Tensor, nn
 
 from .attention import attend
-from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized
+from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized, row_kind
 from .precision import overflow_scale, residual_dtype
 from .rope import axis_rotations
+from .rowwise import Rows
 
 PATCH = 2
 """Latent pixels per side of an image token."""
@@ -221,12 +222,15 @@ def run_block(
     """`tokens` (B, N, dim) after `block`, of the residual stream's type; `rotations` (1, N, head_dim / 2), complex."""
     scale = overflow_scale(compute_dtype)
     attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
-    hidden = normalize(block.attention_norm1, tokens, attention_scale)
-    update = _attention(block.attention, hidden, rotations, scale, attend)
+    attention, feed_forward = block.attention, block.feed_forward
+    kind = row_kind(attention.to_q, attention.to_k, attention.to_v)
+    hidden = normalize(block.attention_norm1, tokens, attention_scale, kind)
+    update = _attention(attention, hidden, rotations, scale, attend)
+    kind = row_kind(feed_forward.w1, feed_forward.w3)
     tokens, hidden = add_then_normalize(
-        tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale
+        tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale, kind
     )
-    update = _feed_forward(block.feed_forward, hidden, scale)
+    update = _feed_forward(feed_forward, hidden, scale)
     return add_normalized(tokens, block.ffn_norm2, update, feed_forward_gate)
 
 
@@ -249,9 +253,7 @@ def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:
     return tuple(zip(*parts, strict=True))
 
 
-def _attention(
-    attention: Any, hidden: Tensor, rotations: Tensor, scale: float, attend: Callable[..., Tensor]
-) -> Tensor:
+def _attention(attention: Any, hidden: Rows, rotations: Tensor, scale: float, attend: Callable[..., Tensor]) -> Tensor:
     def heads(project: Any) -> Tensor:
         return project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
 
@@ -268,6 +270,7 @@ def _attention(
     return mixed if scale == 1.0 else mixed.float() / scale
 
 
-def _feed_forward(feed_forward: Any, hidden: Tensor, scale: float) -> Tensor:
-    update = feed_forward.w2(gate(feed_forward.w1, feed_forward.w3, hidden, scale))
+def _feed_forward(feed_forward: Any, hidden: Rows, scale: float) -> Tensor:
+    product = gate(feed_forward.w1, feed_forward.w3, hidden, scale, row_kind(feed_forward.w2))
+    update = feed_forward.w2(product)
     return update if scale == 1.0 else update.float() / scale
