@@ -81,12 +81,12 @@ class Bench:
         return texts(self.request, number, self.settings.words)
 
 
-def run(settings: Settings, *, progress: bool = False) -> Report:
-    """Measure as `settings` say; with `progress` a bar on stderr counts the rounds.
+def run(settings: Settings, *, progress: bool = False, built: Any = None) -> Report:
+    """Measure as `settings` say; with `progress` a bar on stderr counts the rounds. `built`: see `sides.load`.
 
     Raises `RequestError` for what cannot work, and `Disagreement` where the sides' work or results differ.
     """
-    pipe, theirs = load(settings)
+    pipe, theirs = load(settings, built)
     with closing(pipe), _bar(settings, progress) as bar:
         bench = prepare(settings, pipe, theirs)
         limits = measure_limits(pipe.dtype, pipe.device, _tokens(bench), pipe.transformer.config.dim)

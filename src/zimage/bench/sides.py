@@ -122,9 +122,12 @@ class Diffusers:
         )  # fmt: skip
 
 
-def load(settings: Settings) -> tuple[ZImagePipeline, Any]:
-    """zimage's pipeline and diffusers' over the same modules, or `None` where only zimage is measured of a model."""
-    pipe, theirs = _load(settings)
+def load(settings: Settings, built: Any = None) -> tuple[ZImagePipeline, Any]:
+    """zimage's pipeline and diffusers' over the same modules, or `None` where only zimage is measured of a model.
+
+    `built` is diffusers' pipeline with the random weights that `settings` name, where it is there already.
+    """
+    pipe, theirs = _load(settings, built)
     if settings.compile:
         pipe.compile(cuda_graphs=settings.cuda_graphs)
         if theirs is not None:
@@ -133,7 +136,7 @@ def load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     return pipe, theirs
 
 
-def _load(settings: Settings) -> tuple[ZImagePipeline, Any]:
+def _load(settings: Settings, built: Any) -> tuple[ZImagePipeline, Any]:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     name: Any = str(dtype).removeprefix("torch.")
@@ -143,7 +146,7 @@ def _load(settings: Settings) -> tuple[ZImagePipeline, Any]:
     if settings.model is None:
         variant: Any = settings.variant or "turbo"
         size: Any = settings.size
-        theirs = build_diffusers(size=size, variant=variant, dtype=name, device=device)
+        theirs = built or build_diffusers(size=size, variant=variant, dtype=name, device=device)
     else:
         theirs = _load_diffusers(settings.model, dtype).to(device)
     theirs.set_progress_bar_config(disable=True)
