@@ -67,6 +67,23 @@ def launch_rounding(dtype, tokens, narrow):
     return list(launches)
 
 
+def launch_text(dtype, tokens):
+    '''What a layer of Qwen3-4B launches.'''
+    def make(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches.clear()
+    stream, weight, norm = make(1, tokens, 2560), make(2560), make(128)
+    assert fused.normalize(stream, weight, None, 1e-6) is not None
+    assert fused.add_then_normalize(stream, stream, None, None, 0.0, weight, None, 1e-6) is not None
+    query, key = make(1, tokens, 32, 128), make(1, tokens, 8, 128)
+    rotations = make(1, tokens, 64, dtype=torch.complex64)
+    assert fused.rotate_normalized(query, key, norm, norm, rotations, 1e-6, 1e-6, True) is not None
+    opening = make(1, tokens, 9728)
+    assert fused.gate(opening, opening, 1.0, True) is opening
+    return list(launches)
+
+
 def compiled(kernel, args, constants, capability):
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
@@ -91,7 +108,9 @@ rounded = []
 for dtype, capability in ((torch.bfloat16, 90), (torch.float16, 75)):
     kernels = launch(dtype, 4224)
     assert [one[3] for one in kernels] == [one[3] for one in launch(dtype, 1056)]
-    for kernel, _, args, constants in kernels:
+    texts = launch_text(dtype, 32)
+    assert [one[3] for one in texts] == [one[3] for one in launch_text(dtype, 48)]
+    for kernel, _, args, constants in kernels + texts:
         ptx = compiled(kernel, args, constants, capability)
         report.append([kernel.__name__, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global")])
 for dtype, narrow, capability in (
@@ -112,7 +131,8 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[.
     report, rounded = json.loads(run_python(COMPILE, tmp_path))
     groups = ["gather_groups", "join_groups", "activate_groups"]
     kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", *groups, "gate_elements"]
-    assert [name for name, *_ in report] == 2 * kernels
+    texts = ["normalize_rows", "add_rows", "rotate_heads", "gate_elements"]
+    assert [name for name, *_ in report] == 2 * (kernels + texts)
     assert all(loads >= 2 for name, loads, *_ in report if name in ("gather_groups", "activate_groups"))
     assert all(stores == all_stores for name, _, stores, all_stores in report if name == "activate_groups")
     for name, loads, stores, all_stores in (one for one in report if one[0] not in groups):

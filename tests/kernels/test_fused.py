@@ -148,6 +148,31 @@ def test_rotate(noise: Callable[..., Tensor], dtype: torch.dtype, tokens: int, h
     assert torch.equal(packed, given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "keys", "size"), [(70, 4, 2, 16), (9, 6, 1, 8), (3, 32, 8, 128)])
+def test_rotate_halves(
+    noise: Callable[..., Tensor], dtype: torch.dtype, tokens: int, heads: int, keys: int, size: int
+) -> None:
+    """Channel i with i + size / 2, and keys of fewer heads, as language models have them."""
+    given = noise(2, tokens, heads, size, dtype=dtype), noise(2, tokens, keys, size, dtype=dtype)
+    weights, rotations = (noise(size, dtype=dtype), noise(size, dtype=dtype)), turns(noise, 1, tokens, size // 2)
+    turned = fused.rotate_normalized(*given, *weights, rotations, EPS, EPS, True)
+    assert turned is not None
+    for result, one, weight in zip(turned, given, weights, strict=True):
+        pairs = norm(weight, one).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        expected = rotate(pairs, rotations).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        agrees(result, expected)
+
+
+def test_a_sum_without_a_norm_before_it(noise: Callable[..., Tensor]) -> None:
+    tokens, update, weight = noise(2, 5, 48), noise(2, 5, 48), noise(48)
+    added = fused.add_then_normalize(tokens, update, None, None, 0.0, weight, None, EPS)
+    assert added is not None
+    assert torch.equal(added[0], tokens + update)
+    agrees(added[1], norm(weight, tokens + update))
+    assert fused.add_then_normalize(tokens, update.double(), None, None, 0.0, weight, None, EPS) is None
+
+
 def test_queries_and_keys_have_their_own_eps(noise: Callable[..., Tensor]) -> None:
     heads, weight, rotations = noise(1, 2, 2, 8), noise(8), turns(noise, 1, 2, 4)
     turned = fused.rotate_normalized(heads, heads, weight, weight, rotations, 1.0, 3.0)
@@ -205,7 +230,8 @@ def test_what_no_kernel_was_written_for(noise: Callable[..., Tensor], launches: 
         assert fused.add_then_normalize(hidden, hidden, weight, factor, EPS, *following, EPS) is None
     heads, rotations = noise(2, 4, 3, 8), turns(noise, 1, 4, 4)
     for query, key, other in (
-        (heads, heads[:, :, :2], rotations),
+        (heads[:, :, :2], heads, rotations),
+        (heads, heads[:, :3], rotations),
         (heads, heads.half(), rotations),
         (heads[..., :7], heads[..., :7], rotations),
         (heads.transpose(2, 3), heads.transpose(2, 3), rotations),
@@ -215,6 +241,8 @@ def test_what_no_kernel_was_written_for(noise: Callable[..., Tensor], launches: 
         (heads, heads, turns(noise, 3, 4, 4)),
     ):
         assert fused.rotate_normalized(query, key, weight[: query.shape[3]], weight, other, EPS, EPS) is None
+    six = noise(1, 4, 2, 6)
+    assert fused.rotate_normalized(six, six, weight[:6], weight[:6], turns(noise, 1, 4, 3), EPS, EPS, True) is None
     for content in (double, hidden[:1], hidden.half(), hidden.transpose(1, 2)):
         assert fused.gate(hidden, content, 1.0, False) is None
     assert launches == []

@@ -81,7 +81,7 @@ def add_normalized(tokens: Tensor, update: Tensor, weight: Tensor, gate: Tensor 
 def add_then_normalize(
     tokens: Tensor,
     update: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     gate: Tensor | None,
     eps: float,
     next_weight: Tensor,
@@ -89,8 +89,8 @@ def add_then_normalize(
     next_eps: float,
     narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Rounded] | None:
-    """What `add_normalized` gives, and the norm of that with the `next_` weight, factor and eps, rounded to `narrow` if
-    that is given."""
+    """What `add_normalized` gives, without a `weight` `tokens + update`, and the norm of that with the `next_` weight,
+    factor and eps, rounded to `narrow` if that is given."""
     added = _add(tokens, update, weight, gate, eps, next_weight, next_factor, next_eps, narrow)
     return added if added is None or narrow is None else (added[0], (*added[1:], next_weight.dtype))
 
@@ -98,7 +98,7 @@ def add_then_normalize(
 def _add(
     tokens: Tensor,
     update: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     gate: Tensor | None,
     eps: float,
     next_weight: Tensor | None = None,
@@ -109,7 +109,8 @@ def _add(
     shape = _shape(update, gate, next_factor)
     if shape is None or tokens.shape != update.shape or not _fit(tokens, shape[2]):
         return None
-    if not _fit(update, shape[2], weight, gate) or torch.promote_types(tokens.dtype, weight.dtype) != tokens.dtype:
+    added = update if weight is None else weight
+    if not _fit(update, shape[2], weight, gate) or torch.promote_types(tokens.dtype, added.dtype) != tokens.dtype:
         return None
     if next_weight is not None and not _fit(tokens, shape[2], next_weight, next_factor):
         return None
@@ -137,17 +138,18 @@ def rotate_normalized(
     rotations: Tensor,
     query_eps: float,
     key_eps: float,
+    halves: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """RMS norm of every head of `query` and `key` (B, N, heads, head_dim), then pairs of channels turned by `rotations`
-    (1 or B, N, head_dim / 2), complex64. Both may be views of one tensor, with channels side by side."""
-    if (
-        query.ndim != 4
-        or query.shape != key.shape
-        or query.dtype != key.dtype
-        or query_weight.dtype != key_weight.dtype
-    ):
+    (1 or B, N, head_dim / 2), complex64: neighbours, with `halves` channels i and i + head_dim / 2. Both may be views
+    of one tensor, with channels side by side; keys may have fewer heads."""
+    if query.ndim != 4 or key.ndim != 4 or query.dtype != key.dtype or query_weight.dtype != key_weight.dtype:
         return None
     batch, tokens, heads, size = query.shape
+    if (batch, tokens, size) != (*key.shape[:2], key.shape[3]) or key.shape[2] > heads:
+        return None
+    if halves and size != _power_of_two(size):
+        return None
     if not (_fit_heads(query, query_weight) and _fit_heads(key, key_weight)):
         return None
     if rotations.dtype != torch.complex64 or tuple(rotations.shape) not in {(n, tokens, size // 2) for n in (1, batch)}:
@@ -157,14 +159,14 @@ def rotate_normalized(
     strides = [stride for tensor in (query, key) for stride in tensor.stride()[:3]]
     step = 16 if all(stride % 16 == 0 for stride in strides) else 1
     turns = torch.view_as_real(rotations)
-    results = [torch.empty(query.shape, dtype=query_weight.dtype, device=query.device) for _ in range(2)]
+    results = [torch.empty(one.shape, dtype=query_weight.dtype, device=query.device) for one in (query, key)]
     places, columns = _power_of_two(heads), _power_of_two(size)
     count = max(1, TILE // (places * columns))
     _launch(
         rows.rotate_heads, (-(-tokens // count), batch), query, key, query_weight, key_weight, turns, *results, tokens,
         *(stride // step for stride in strides), turns.stride(0) if len(rotations) > 1 else 0, turns.stride(1),
-        query_eps, key_eps, step=step, heads=heads, size=size, count=count, places=places, columns=columns,
-        num_warps=_warps(count * places * columns),
+        query_eps, key_eps, step=step, heads=heads, key_heads=key.shape[2], size=size, count=count, places=places,
+        columns=columns, halves=halves, num_warps=_warps(count * places * columns),
     )  # fmt: skip
     return results[0], results[1]
 

@@ -95,7 +95,8 @@ def add_rows(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Rows of the residual stream plus the norm of `update`, times `gate` if there is one, as `normalize_rows` has it.
+    """Rows of the residual stream plus the norm of `update`, times `gate` if there is one, as `normalize_rows` has it;
+    plus `update` as it is where there is no `weight`.
 
     With a `next_weight`, the norm of what that gives as well, before it leaves the registers, as `_store` has it.
     """
@@ -106,11 +107,14 @@ def add_rows(
     place = (batch * tokens + token)[:, None] * width + column[None, :]
     wide = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(stream + place, mask=inside, other=0.0).to(tl.float32)
-    normal = _normal(wide, tl.load(weight + column, mask=column < width, other=0.0), eps, width)
-    if gate is not None:
-        start = batch * width if batched else 0
-        normal = _times(normal, tl.load(gate + start + column, mask=column < width, other=0.0))
-    total = (before + normal.to(tl.float32)).to(result.dtype.element_ty)
+    if weight is None:
+        total = (before + wide).to(result.dtype.element_ty)
+    else:
+        normal = _normal(wide, tl.load(weight + column, mask=column < width, other=0.0), eps, width)
+        if gate is not None:
+            start = batch * width if batched else 0
+            normal = _times(normal, tl.load(gate + start + column, mask=column < width, other=0.0))
+        total = (before + normal.to(tl.float32)).to(result.dtype.element_ty)
     tl.store(result + place, total, mask=inside)
     if next_weight is not None:
         following = tl.load(next_weight + column, mask=column < width, other=0.0)
@@ -135,13 +139,20 @@ def _turn(
     size: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
+    halves: tl.constexpr,
 ):
     """Heads (rows, columns) at `place` in `source`, normalised and turned, to `dense` in `result`."""
     channel = tl.arange(0, columns)
     wide = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
     normal = _normal(wide, tl.load(weight + channel, mask=channel < size, other=0.0), eps, size).to(tl.float32)
-    even, odd = tl.split(tl.reshape(normal, (rows, columns // 2, 2)))
+    if halves:
+        pairs = tl.permute(tl.reshape(normal, (rows, 2, columns // 2)), (0, 2, 1))
+    else:
+        pairs = tl.reshape(normal, (rows, columns // 2, 2))
+    even, odd = tl.split(pairs)
     turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    if halves:
+        turned = tl.permute(turned, (0, 2, 1))
     turned = tl.reshape(turned, (rows, columns)).to(result.dtype.element_ty)
     tl.store(result + dense, turned, mask=inside)
 
@@ -180,14 +191,16 @@ def rotate_heads(
     key_eps,
     step: tl.constexpr,
     heads: tl.constexpr,
+    key_heads: tl.constexpr,
     size: tl.constexpr,
     count: tl.constexpr,
     places: tl.constexpr,
     columns: tl.constexpr,
+    halves: tl.constexpr,
 ):
     """Queries and keys of `count` tokens, in `places` for heads each: RMS norm of each head, then its pairs of channels
-    turned; grid (tokens / count, batch). Strides are in units of `step` elements: what is known to be a multiple of 16
-    can be read many channels at once.
+    turned, which are neighbours or, with `halves`, one of each half; grid (tokens / count, batch). Strides are in units
+    of `step` elements: what is known to be a multiple of 16 can be read many channels at once.
     """
     first, batch = tl.program_id(0).to(tl.int64) * count, tl.program_id(1).to(tl.int64)
     row = tl.arange(0, count * places)
@@ -195,6 +208,8 @@ def rotate_heads(
     channel = tl.arange(0, columns)
     inside = ((token < tokens) & (head < heads))[:, None] & (channel < size)[None, :]
     dense = (((batch * tokens + token) * heads + head) * size)[:, None] + channel[None, :]
+    inside_key = ((token < tokens) & (head < key_heads))[:, None] & (channel < size)[None, :]
+    dense_key = (((batch * tokens + token) * key_heads + head) * size)[:, None] + channel[None, :]
     turned = first + tl.arange(0, count)
     turns = (batch * turn_batch + turned * turn_token)[:, None] + channel[None, :]
     turns = tl.load(rotations + turns, mask=(turned < tokens)[:, None] & (channel < size)[None, :], other=0.0)
@@ -206,12 +221,12 @@ def rotate_heads(
     place = ((batch * query_batch + token * query_token + head * query_head) * step)[:, None] + channel[None, :]
     _turn(
         query, query_result, query_weight, cosine, sine, place, dense, inside, query_eps,
-        size, count * places, columns,
+        size, count * places, columns, halves,
     )  # fmt: skip
     place = ((batch * key_batch + token * key_token + head * key_head) * step)[:, None] + channel[None, :]
     _turn(
-        key, key_result, key_weight, cosine, sine, place, dense, inside, key_eps,
-        size, count * places, columns,
+        key, key_result, key_weight, cosine, sine, place, dense_key, inside_key, key_eps,
+        size, count * places, columns, halves,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from . import qwen
 from .precision import finite
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -84,10 +85,12 @@ class TextEncoder:
 
     def _hidden_states(self, ids: tuple[int, ...]) -> Tensor:
         batch = torch.tensor([ids], device=self.model.device)  # (1, tokens)
-        if self.device is None:
-            return self.model(input_ids=batch, use_cache=False).last_hidden_state[0]
-        embedded = self.model.embed_tokens(batch).to(self.device)
-        return self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+        embedded = self.model.embed_tokens(batch)
+        embedded = embedded if self.device is None else embedded.to(self.device)
+        states = qwen.hidden_states(self.model, embedded) if qwen.is_plain(self.model) else None
+        if states is None:
+            states = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return states[0]
 
 
 def without_last_layer(model: Any) -> Qwen3Model:

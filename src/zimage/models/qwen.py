@@ -1,0 +1,104 @@
+"""Qwen3's layers with fused kernels between their matrix products: a prompt costs a quarter of the launches.
+
+A prompt is short, so that on CUDA nearly all of its time is starting kernels: some 60 for each layer as transformers
+writes it, 13 here. Called for a whole prompt without padding; the order of operations and of roundings is the model's
+own, but that queries and keys are turned in float32. Knows no tokenizer and no cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from ..kernels.switch import run, wanted
+from .layers import is_bare
+
+_KINDS: dict[str, type] = {
+    "self_attn": qwen3.Qwen3Attention,
+    "mlp": qwen3.Qwen3MLP,
+    "input_layernorm": qwen3.Qwen3RMSNorm,
+    "post_attention_layernorm": qwen3.Qwen3RMSNorm,
+    "self_attn.q_norm": qwen3.Qwen3RMSNorm,
+    "self_attn.k_norm": qwen3.Qwen3RMSNorm,
+}
+_SILU = type(ACT2FN["silu"])
+
+
+def is_plain(model: Any) -> bool:
+    """Whether `model` computes what `hidden_states` does: layers of transformers' own classes that see all tokens
+    before them, nothing hooked, its last norm gone."""
+    if type(model) is not qwen3.Qwen3Model or model.training or type(model.norm) is not nn.Identity:
+        return False
+    if model.has_sliding_layers or not len(model.layers) or not is_bare(model):
+        return False
+    return all(type(layer) is qwen3.Qwen3DecoderLayer and _is_plain_layer(layer) for layer in model.layers)
+
+
+def _is_plain_layer(layer: Any) -> bool:
+    if any(type(layer.get_submodule(name)) is not kind for name, kind in _KINDS.items()):
+        return False
+    return type(layer.mlp.act_fn) is _SILU and all(is_bare(module) for module in layer.modules())
+
+
+def hidden_states(model: Any, embedded: Tensor) -> Tensor | None:
+    """Embedded tokens (1, tokens, width) after all layers of `model`, for which `is_plain` holds; `None` where a kernel
+    does not take them, and the model has to be called itself."""
+    if not wanted(embedded):
+        return None
+    layers = list(model.layers)
+    cosine, sine = model.rotary_emb(embedded, torch.arange(embedded.shape[1], device=embedded.device)[None])
+    half = cosine.shape[-1] // 2  # the second half repeats the first
+    rotations = torch.complex(cosine[..., :half].float(), sine[..., :half].float())  # (1, tokens, head_dim / 2)
+    first = layers[0].input_layernorm
+    tokens, hidden = embedded, run("normalize", embedded, first.weight, None, first.variance_epsilon)
+    for number, layer in enumerate(layers):
+        update = None if hidden is None else _attention(layer.self_attn, hidden, rotations)
+        added = None if update is None else _add(tokens, update, layer.post_attention_layernorm)
+        if added is None:
+            return None
+        tokens, hidden = added
+        update = _feed_forward(layer.mlp, hidden)
+        if update is None or number == len(layers) - 1:
+            return None if update is None else tokens + update
+        added = _add(tokens, update, layers[number + 1].input_layernorm)
+        tokens, hidden = added or (tokens, None)
+    return None
+
+
+def _add(tokens: Tensor, update: Tensor, norm: Any) -> tuple[Tensor, Tensor] | None:
+    """`tokens + update`, and the norm of that."""
+    added: tuple[Tensor, Tensor] | None = run(
+        "add_then_normalize", tokens, update, None, None, 0.0, norm.weight, None, norm.variance_epsilon
+    )
+    return added
+
+
+def _attention(attention: Any, hidden: Tensor, rotations: Tensor) -> Tensor | None:
+    query, key, value = (
+        project(hidden).unflatten(-1, (-1, attention.head_dim))  # (1, tokens, heads, head_dim)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    norms = attention.q_norm, attention.k_norm
+    turned = run(
+        "rotate_normalized", query, key, *(norm.weight for norm in norms), rotations,
+        *(norm.variance_epsilon for norm in norms), True,
+    )  # fmt: skip
+    if turned is None:
+        return None
+    query, key, value = (one.transpose(1, 2) for one in (*turned, value))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    result: Tensor = attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    return result
+
+
+def _feed_forward(feed_forward: Any, hidden: Tensor) -> Tensor | None:
+    opened, content = feed_forward.gate_proj(hidden), feed_forward.up_proj(hidden)
+    product = run("gate", opened, content, 1.0, True)
+    return None if product is None else feed_forward.down_proj(product)
