@@ -31,20 +31,25 @@ def block_flops(config: Any, tokens: int) -> int:
 
 def denoising_flops(config: Any, image_tokens: int, captions: Sequence[int], steps: int) -> int:
     """`steps` of a picture; `captions` are the tokens of its prompt and, with guidance, of its negative prompt."""
-    dim, width = config.dim, min(config.dim, MODULATION_WIDTH)
+    dim = config.dim
     patch = PATCH**2 * config.in_channels
     image, lengths = padded(image_tokens), [padded(tokens) for tokens in captions]
     refined = config.n_refiner_layers
     caption_branch = sum(
         2 * length * config.cap_feat_dim * dim + refined * block_flops(config, length) for length in lengths
     )
-    times = 2 * _FREQUENCIES * _TIME_WIDTH + 2 * _TIME_WIDTH * width
-    modulations = (refined + config.n_layers) * 2 * width * 4 * dim + 2 * width * dim
     entry = len(set(lengths)) * (2 * image_tokens * patch * dim + refined * block_flops(config, image))
     layers = sum(
         config.n_layers * block_flops(config, image + length) + 2 * image_tokens * dim * patch for length in lengths
     )
-    return caption_branch + steps * (times + modulations + entry + layers)
+    return caption_branch + steps * (noise_level_flops(config) + entry + layers)
+
+
+def noise_level_flops(config: Any) -> int:
+    """What a noise level does to every block, of one step."""
+    dim, width = config.dim, min(config.dim, MODULATION_WIDTH)
+    times = 2 * _FREQUENCIES * _TIME_WIDTH + 2 * _TIME_WIDTH * width
+    return times + (config.n_refiner_layers + config.n_layers) * 2 * width * 4 * dim + 2 * width * dim
 
 
 def encoding_flops(config: Any, layers: int, tokens: int) -> int:

@@ -152,12 +152,14 @@ def rotate_normalized(
         return None
     if not (_fit_heads(query, query_weight) and _fit_heads(key, key_weight)):
         return None
-    if rotations.dtype != torch.complex64 or tuple(rotations.shape) not in {(n, tokens, size // 2) for n in (1, batch)}:
+    if rotations.dtype != torch.complex64 or rotations.shape[1:] != (tokens, size // 2):
+        return None
+    if len(rotations) not in (1, batch):
         return None
     if rotations.stride(2) != 1 or rotations.is_conj() or rotations.device != query.device:
         return None
-    strides = [stride for tensor in (query, key) for stride in tensor.stride()[:3]]
-    step = 16 if all(stride % 16 == 0 for stride in strides) else 1
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    step = 16 if not any(stride % 16 for stride in strides) else 1
     turns = torch.view_as_real(rotations)
     results = [torch.empty(one.shape, dtype=query_weight.dtype, device=query.device) for one in (query, key)]
     places, columns = _power_of_two(heads), _power_of_two(size)
@@ -245,22 +247,25 @@ def _shape(hidden: Tensor, *factors: Tensor | None) -> tuple[int, int, int] | No
     """(batch, tokens, width) by which `factors` (B or 1, 1, width) are told apart; without them, rows of one batch."""
     if not hidden.numel() or not hidden.ndim:
         return None
-    width = hidden.shape[-1]
-    if all(factor is None for factor in factors):
+    shape = hidden.shape
+    width = shape[-1]
+    given = [factor.shape for factor in factors if factor is not None]
+    if not given:
         return 1, hidden.numel() // width, width
-    if hidden.ndim != 3 or hidden.shape[0] > MOST_BATCHES:
+    if len(shape) != 3 or shape[0] > MOST_BATCHES:
         return None
-    wanted = [(count, 1, width) for count in (1, hidden.shape[0])]
-    if any(factor is not None and tuple(factor.shape) not in wanted for factor in factors):
-        return None
-    return hidden.shape[0], hidden.shape[1], width
+    for one in given:
+        if one != (1, 1, width) and one != (shape[0], 1, width):
+            return None
+    return shape[0], shape[1], width
 
 
 def _fit(hidden: Tensor, width: int, weight: Tensor | None = None, factor: Tensor | None = None) -> bool:
     """Whether rows of `hidden`, a norm's `weight` and a `factor` of its type lie dense on one device."""
-    given = [tensor for tensor in (hidden, weight, factor) if tensor is not None]
-    if any(one.dtype not in TYPES or one.device != hidden.device or not one.is_contiguous() for one in given):
-        return False
+    device = hidden.device
+    for one in (hidden, weight, factor):
+        if one is not None and (one.dtype not in TYPES or not one.is_contiguous() or one.device != device):
+            return False
     if weight is not None and (weight.shape != (width,) or (factor is not None and factor.dtype != weight.dtype)):
         return False
     return width <= WIDEST

@@ -8,6 +8,7 @@ imports Triton before the first use. Knows no kernel.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def _checked(mode: str, name: str) -> str:
 
 _default = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 _mode = ContextVar("mode", default=_default)
+_PLAIN = (Tensor, nn.Parameter)
+"""Kinds of tensors that a kernel may read, if they want no gradients; others are a compiler's and the like."""
 _failures: list[str] = []
 """Why kernels are not used any more in this process; at most one."""
 _guard = threading.Lock()
@@ -65,11 +68,14 @@ def run(name: str, *args: Any) -> Any:
     """What the kernel `name` gives, one of `fused` or, as "module.name", of another module here; or `None` where the
     plain expression has to be taken."""
     mode = _mode.get()
-    if mode == "off" or (_failures and mode != "on") or not all(map(_is_plain, args)):
+    if mode == "off" or (_failures and mode != "on"):
         return None
+    graded = torch.is_grad_enabled()
+    for value in args:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN or (graded and value.requires_grad)):
+            return None
     try:
-        module, _, kernel = name.rpartition(".")
-        return getattr(import_module(f"{__package__}.{module or 'fused'}"), kernel)(*args)
+        return _kernel(name)(*args)
     except Exception as error:
         if mode == "on" or is_out_of_memory(error):
             raise
@@ -77,11 +83,10 @@ def run(name: str, *args: Any) -> Any:
         return None
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a kernel may read it: no tensor of another kind, such as a compiler's, and none that wants gradients."""
-    if not isinstance(value, Tensor):
-        return True
-    return type(value) in (Tensor, nn.Parameter) and not (torch.is_grad_enabled() and value.requires_grad)
+def _kernel(name: str) -> Any:
+    module, _, kernel = name.rpartition(".")
+    place = f"{__package__}.{module or 'fused'}"
+    return getattr(sys.modules.get(place) or import_module(place), kernel)
 
 
 def _give_up(reason: str) -> None:

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from .rowwise import Rows
 
 PATCH = 2
 """Latent pixels per side of an image token."""
+ROWS = 16
+"""Noise levels that a modulation layer is given at once: always so many, since a product's bits may depend on that."""
 TOKEN_MULTIPLE = 32
 """Image tokens and caption tokens are each filled up to a multiple of this with a learned pad, which is attended."""
 
@@ -129,7 +132,7 @@ class ZImageTransformer(ZImageTransformer2DModel):
         rows, columns = latent_height // PATCH, latent_width // PATCH
         device = self.x_pad_token.device
         axes = [
-            axis_rotations(torch.arange(start, start + count, device="cpu"), size, self.rope_theta)
+            axis_rotations(torch.arange(start, start + count, device="cpu"), size, self.rope_theta).to(device)
             for start, count, size in zip((caption_length + 1, 0, 0), (1, rows, columns), self.axes_dims, strict=True)
         ]
         image = torch.cat(
@@ -141,25 +144,27 @@ class ZImageTransformer(ZImageTransformer2DModel):
             dim=-1,
         ).flatten(0, 1)  # (tokens, head_dim / 2)
         pads = image.new_ones(_padded(len(image)) - len(image), image.shape[1])  # position (0, 0, 0)
-        rotations = torch.cat([image, pads]).to(device)
-        rotations = torch.cat([rotations, self._caption_rotations(caption_length, device)])[None]
+        rotations = torch.cat([image, pads, self._caption_rotations(caption_length, device)])[None]
         return ImageGrid(rows=rows, columns=columns, caption_length=caption_length, rotations=rotations)
 
     def modulations(self, timesteps: Tensor) -> tuple[Modulation, ...]:
         """One `Modulation` for each row of `timesteps` (steps,) or (steps, B): model times `1 − sigma` in [0, 1].
 
-        Linear layers see one row at a time, so that a noise level gives the same bits in any schedule.
+        Linear layers see `ROWS` at a time, filled up, so that a noise level gives the same bits in any schedule.
         """
-        embeddings = [
-            self.t_embedder(row.reshape(-1) * self.t_scale).to(self.compute_dtype)  # (B, width)
-            for row in timesteps
-        ]
+        shape = timesteps.shape if timesteps.ndim == 2 else (len(timesteps), 1)
+        times = timesteps.reshape(-1) * self.t_scale
+        parts = F.pad(times, (0, -len(times) % ROWS)).split(ROWS)
+        embeddings = [self.t_embedder(part).to(self.compute_dtype) for part in parts]  # (ROWS, width)
+
+        def by_step(layer: Any) -> Tensor:
+            rows = [layer(embedding) for embedding in embeddings]
+            return torch.cat(rows)[: len(times)].unflatten(0, shape)  # (steps, B, out)
+
         by_block = [
-            _block_modulations(torch.stack([block.adaLN_modulation(embedding) for embedding in embeddings]))
-            for block in chain(self.noise_refiner, self.layers)
+            _block_modulations(by_step(block.adaLN_modulation)) for block in chain(self.noise_refiner, self.layers)
         ]
-        final_layer = self.all_final_layer[_PATCH_KEY].adaLN_modulation
-        final = 1.0 + torch.stack([final_layer(embedding) for embedding in embeddings]).unsqueeze(2)
+        final = 1.0 + by_step(self.all_final_layer[_PATCH_KEY].adaLN_modulation).unsqueeze(2)
         return tuple(Modulation(blocks, last) for blocks, last in zip(zip(*by_block, strict=True), final, strict=True))
 
     def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
