@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zimage import ZImagePipeline
+from zimage import RequestError, ZImagePipeline
 from zimage.models.autoencoder import to_image
 from zimage.training import gathering
 from zimage.training.config import DistillationStage, ModelSize
@@ -117,6 +117,8 @@ def test_a_resumed_search_finds_what_one_that_went_through_does(
     found: Callable[..., Corrections], through: Corrections
 ) -> None:
     assert found("parts", 1).rounds < through.rounds
+    with pytest.raises(RequestError, match="holds corrections already; go on with --resume"):
+        found("parts", 3)
     parts = found("parts", 3, resume=True)
     assert (parts.rounds, parts.drawn, parts.wrong) == (through.rounds, through.drawn, through.wrong)
     assert parts.changed.captions == through.changed.captions

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import RequestError
 from ..models.autoencoder import to_image
 from ..pipeline import ZImagePipeline
 from . import judge
 from .captions import describe
 from .config import LATENT_CHANNELS, DistillationStage
-from .corrections import LEVELS, Corrections, Ways, load_corrections
+from .corrections import CORRECTIONS, LEVELS, Corrections, Ways, load_corrections
 from .distill import Captions, Lesson, levels_of, own_way
 from .models import Painter, compile_blocks
 from .scenes import draw_scene
@@ -49,8 +50,10 @@ def gather(
     """Gather `count` corrections, or a few more, of the checkpoint `student` by the teacher `painter`, into `folder`.
 
     A round draws until the student has been wrong in `ROUND` pictures, and is a function of its number and the seed;
-    `resume` goes on after the last one that was saved.
+    `resume` goes on after the last one that was saved. Raises `RequestError` if the folder holds some already.
     """
+    if not resume and (folder / CORRECTIONS).exists():
+        raise RequestError(f"{folder} holds corrections already; go on with --resume, or choose another folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = ZImagePipeline.from_pretrained(student, dtype="float32", device="cpu")
     painter.to(device).requires_grad_(False)
