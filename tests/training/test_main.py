@@ -17,6 +17,7 @@ from zimage.training import __main__ as command
 from zimage.training import config, gathering
 from zimage.training.config import CorrectionStage, DistillationStage, FlowStage, ModelSize
 from zimage.training.corrections import load_corrections
+from zimage.training.state import read_state
 
 from .conftest import FLOW
 
@@ -111,6 +112,7 @@ def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp
     run(monkeypatch, "distill", tmp_path, *options)
     lines = [json.loads(line) for line in (tmp_path / "turbo" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads(read_state(tmp_path / "turbo")[1]["stage"])["correction_share"] == 1.0
     assert 0 < lines[0]["loss"] < 0.5  # the demo goes nearly where its teacher does
     run(monkeypatch, "export", tmp_path, "--teacher", "demo", "--variant", "turbo")
     student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", "demo"))

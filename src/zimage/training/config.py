@@ -169,7 +169,7 @@ class CorrectionStage(DistillationStage):
     log_every: int = 10
     save_every: int = 20
     correction_share: float = 0.8
-    gathered: int = 240
+    gathered: int = 800
     """Corrections to gather."""
 
 
