@@ -160,12 +160,12 @@ class CorrectionStage(DistillationStage):
     Low rates and few steps: most of what it does is to stay.
     """
 
-    steps: int = 240
+    steps: int = 160
     batch: int = 32
-    learning_rate: float = 2.5e-4
-    matrix_rate: float = 7.5e-4
-    warmup: int = 20
-    decay: float = 0.6
+    learning_rate: float = 5e-5
+    matrix_rate: float = 1.5e-4
+    warmup: int = 10
+    decay: float = 0.8
     log_every: int = 10
     save_every: int = 20
     correction_share: float = 0.8
