@@ -124,3 +124,12 @@ def test_a_resumed_search_finds_what_one_that_went_through_does(
     assert parts.changed.captions == through.changed.captions
     assert torch.equal(parts.changed.latents, through.changed.latents)
     assert torch.equal(parts.kept.latents, through.kept.latents)
+
+
+def test_a_student_that_is_never_right_has_nothing_to_keep(
+    found: Callable[..., Corrections], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter([False, False, True, True])
+    monkeypatch.setattr(gathering.judge, "agrees", lambda *_: next(verdicts))
+    never = found("never", 2)
+    assert (len(never.changed.captions), never.kept.captions, never.drawn) == (2, [], 2)

@@ -52,11 +52,11 @@ class Corrections:
     changed: Ways
     """The teacher's, right where the student's picture from that noise is wrong."""
     kept: Ways
-    """The student's own, to pictures that are right; as many."""
+    """The student's own, to pictures that are right; as many, unless a round has fewer."""
     rounds: int = 0
     drawn: int = 0
     wrong: int = 0
-    """Pictures by the student, and those of them that were wrong."""
+    """Pictures by the student, and the wrong ones that the teacher tried."""
 
     def save(self, folder: Path, seed: int) -> None:
         """Write them into `folder`, as a whole or not at all."""

@@ -174,7 +174,7 @@ class Lessons:
         if self.corrections is None or torch.rand((), generator=generator) >= self.stage.correction_share:
             return {"loss": lesson_loss(self.student, self.of(step))}
         texts, ways = [], []
-        for one in (self.corrections.changed, self.corrections.kept):
+        for one in filter(lambda one: one.captions, (self.corrections.changed, self.corrections.kept)):
             numbers = torch.randint(len(one.captions), (self.stage.corrected,), generator=generator)
             chosen = one[numbers.tolist()]
             texts += chosen.captions

@@ -98,7 +98,7 @@ class Search:
             drawn += ROUND
         taught = self._taught(wrong)
         agreed = [n for n, one in enumerate(mistakes) if self._is_right(taught.latents[n, -1], one)]
-        kept = right[list(range(len(agreed)))]
+        kept = right[list(range(len(right.captions)))[: len(agreed)]]
         counts = found.rounds + 1, found.drawn + drawn, found.wrong + ROUND
         return Corrections(found.changed + taught[agreed], found.kept + kept, *counts)
 
