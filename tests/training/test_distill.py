@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import nn
 from zimage.sampling.guidance import guide
 from zimage.sampling.schedule import shifted_sigmas
 from zimage.training.config import DistillationStage, ModelSize
-from zimage.training.distill import LEVELS, Captions, Lesson, Lessons, lesson_loss, train_turbo
+from zimage.training.corrections import LEVELS, Corrections, Ways
+from zimage.training.distill import Captions, Lesson, Lessons, lesson_loss, own_way, train_turbo, way_loss
 from zimage.training.flow import Batches, train_flow
 from zimage.training.latents import load_latents
 from zimage.training.models import Painter, half_precision, predict
@@ -68,7 +70,7 @@ def test_the_lesson_is_where_the_guided_teacher_goes(data: Path, size: ModelSize
     stage = replace(STAGE, guidance_scale=100.0)  # of weights that have learned nothing, whose captions hardly differ
     batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(1)
     levels = shifted_sigmas(8, 3.0)
-    captions = Captions.of(painter, batch, empty, CPU)
+    captions = Captions.of(painter, batch.ids, batch.lengths, empty, CPU)
     for place in (0, 7):
         latents = (1 - levels[place]) * batch.latents + levels[place] * batch.noise
         lesson = Lesson.of(painter.transformer, captions, latents, torch.full((4,), place), stage)
@@ -92,7 +94,7 @@ def test_the_loss_is_zero_where_one_step_ends_where_the_teacher_does(data: Path,
     tokenizer = load_tokenizer(data / "tokenizer")
     stage = replace(STAGE, guidance_scale=0.0, teacher_steps=1)
     batch = Batches(stage, tokenizer, load_latents(data, 0), 0).of(2)
-    captions = Captions.of(painter, batch, batch_of(tokens_of(tokenizer, [""])), CPU)
+    captions = Captions.of(painter, batch.ids, batch.lengths, batch_of(tokens_of(tokenizer, [""])), CPU)
     lesson = Lesson.of(painter.transformer, captions, batch.latents, torch.tensor([0, 3, 5, 7]), stage)
     assert lesson.target.std() > 0.1
     assert lesson_loss(painter.transformer, lesson) < 1e-4
@@ -124,3 +126,70 @@ def test_lessons_begin_at_noisy_scenes_and_where_the_student_itself_gets_to(
                 at = (1 - start).expand(2)
                 velocity = predict(student.transformer, features, batch.lengths[:2], way[number], at)
                 torch.testing.assert_close(way[number + 1], way[number] + (end - start) * velocity)
+
+
+def corrections_of(teacher: Painter, data: Path) -> Corrections:
+    """The ways of a student that follows its teacher for half of the captions, and stands still for the others."""
+    tokenizer, texts = load_tokenizer(data / "tokenizer"), ["a red circle", "蓝色的星形", "a ring", "a green star"]
+    noise = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        passed = own_way(teacher.transformer, Captions.of_texts(teacher, tokenizer, texts, CPU), noise, LEVELS)
+    return Corrections(Ways(texts, torch.stack(passed, dim=1)), Ways(texts[:2], noise[:2, None].repeat(1, 9, 1, 1, 1)))
+
+
+def test_the_loss_of_a_way_is_its_distance_at_all_levels(teacher: Painter, data: Path) -> None:
+    ways = corrections_of(teacher, data).changed
+    captions = Captions.of_texts(teacher, load_tokenizer(data / "tokenizer"), ways.captions, CPU)
+    assert way_loss(teacher.transformer, captions, ways.latents) < 1e-8
+    for level, loss in ((1, 0.25 / 8), (8, 0.25 / 8)):
+        moved = ways.latents.clone()
+        moved[:, level] += 0.5
+        torch.testing.assert_close(way_loss(teacher.transformer, captions, moved), torch.tensor(loss))
+
+
+def test_every_step_of_the_way_learns_from_its_end(teacher: Painter, data: Path, size: ModelSize) -> None:
+    """The gradient is that of the picture by the weights, through all steps: a small move of weights shows it."""
+    ways = corrections_of(teacher, data).changed
+    captions = Captions.of_texts(teacher, load_tokenizer(data / "tokenizer"), ways.captions, CPU)
+    student = Painter(size).transformer
+    fill(student, teacher.transformer.state_dict(), "the student")
+    bias = student.all_final_layer["2-1"].linear.bias
+    bias.data += 0.1
+    loss = way_loss(student, captions, ways.latents)
+    loss.backward()
+    with torch.no_grad():
+        step = 1e-3 * bias.grad / bias.grad.norm()
+        bias += step
+        gained = way_loss(student, captions, ways.latents).item() - loss.item()
+    assert gained == pytest.approx((step * bias.grad).sum().item(), rel=0.1)
+
+
+def test_corrections_are_learned_and_what_is_kept_beside_them(teacher: Painter, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    corrections_of(teacher, data).save(folder, 0)
+    stage = replace(STAGE, steps=20, correction_share=1.0, corrected=2)
+    train_turbo(stage, teacher, tmp_path / "run", data=folder, progress=False)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_share_of_the_steps_are_corrections(teacher: Painter, data: Path, size: ModelSize) -> None:
+    stage = replace(STAGE, correction_share=0.4, corrected=3)
+    student = Painter(size).requires_grad_(False)
+    batches = Batches(stage, load_tokenizer(data / "tokenizer"), load_latents(data, 0), 0)
+    corrections = corrections_of(teacher, data)
+    lessons = Lessons(teacher, student.transformer, batches, CPU, corrections)
+    plain = Lessons(teacher, student.transformer, batches, CPU)
+    same = [torch.equal(lessons.losses(step)["loss"], plain.losses(step)["loss"]) for step in range(20)]
+    assert 8 <= sum(same) <= 16
+    step = same.index(False)
+    kept = way_distance(corrections.kept)
+    assert kept == 0.0
+    changed = [way_distance(Ways(["a"], way[None])) for way in corrections.changed.latents]
+    assert min(changed) / 2 <= lessons.losses(step)["loss"].item() <= max(changed) / 2
+
+
+def way_distance(ways: Ways) -> float:
+    """The loss of a student that stands still, as one does whose last layer is zero."""
+    return (ways.latents[:, 1:] - ways.latents[:, :1]).square().mean().item()

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 
 from zimage import ZImagePipeline
 from zimage.training import __main__ as command
-from zimage.training import config
-from zimage.training.config import DistillationStage, FlowStage, ModelSize
+from zimage.training import config, gathering
+from zimage.training.config import CorrectionStage, DistillationStage, FlowStage, ModelSize
+from zimage.training.corrections import load_corrections
+from zimage.training.state import read_state
 
 from .conftest import FLOW
 
@@ -24,10 +27,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's model, in steps that take a moment."""
     stage = replace(FLOW, log_every=1)
     distillation = DistillationStage(scenes=FLOW.scenes, learning_rate=1e-4, matrix_rate=1e-4, log_every=1)
+    correction = CorrectionStage(
+        scenes=FLOW.scenes,
+        matrix_rate=1e-4,
+        log_every=1,
+        teacher_steps=1,
+        correction_share=1.0,
+        corrected=1,
+        gathered=1,
+    )
     monkeypatch.setattr(
         config.Training,
         "__init__",
-        lambda self: self.__dict__.update(size=ModelSize(), finishing=stage, distillation=distillation),
+        lambda self: self.__dict__.update(
+            size=ModelSize(), finishing=stage, distillation=distillation, correction=correction
+        ),
     )
     monkeypatch.setattr(command, "FlowStage", lambda: stage)
 
@@ -83,6 +97,28 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     assert set(figures) == {"steps", "guidance", "single en", "single zh", "pair en", "pair zh"}
 
 
+def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdicts = cycle((False, True))
+    monkeypatch.setattr(gathering, "ROUND", 2)
+    monkeypatch.setattr(gathering.judge, "agrees", lambda *_: next(verdicts))
+    run(monkeypatch, "prepare", tmp_path)
+    run(monkeypatch, "latents", tmp_path)
+    run(monkeypatch, "gather", tmp_path, "--teacher", "demo")
+    found = load_corrections(tmp_path, 0)
+    assert (found.rounds, found.drawn, found.wrong, len(found.changed.captions)) == (1, 4, 2, 1)
+    run(monkeypatch, "gather", tmp_path, "--teacher", "demo", "--count", 2, "--resume")
+    assert load_corrections(tmp_path, 0).rounds == 2
+    options = ("--teacher", "demo", "--model", "demo-turbo", "--correct", "--steps", 2)
+    run(monkeypatch, "distill", tmp_path, *options)
+    lines = [json.loads(line) for line in (tmp_path / "turbo" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads(read_state(tmp_path / "turbo")[1]["stage"])["correction_share"] == 1.0
+    assert 0 < lines[0]["loss"] < 0.5  # the demo goes nearly where its teacher does
+    run(monkeypatch, "export", tmp_path, "--teacher", "demo", "--variant", "turbo")
+    student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", "demo"))
+    assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -93,6 +129,10 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
         (["latents", "nowhere", "--steps", "3"], "unrecognized arguments: --steps 3"),
         (["evaluate", "nowhere", "--model", "demo", "--variant", "turbo"], "--model names one; drop one"),
         (["paint", "nowhere"], "invalid choice: 'paint'"),
+        (
+            ["gather", "nowhere", "--teacher", "demo", "--resume"],
+            "corrections.safetensors is missing; run the stage `gather` first",
+        ),
         (["evaluate", "nowhere"], "state.safetensors is missing; run that stage first"),
     ],
 )

@@ -74,12 +74,30 @@ def flow(options: argparse.Namespace) -> None:
     )
 
 
+def gather(options: argparse.Namespace) -> None:
+    """Find what the turbo of `--model` draws wrong and its teacher right, for `distill --correct`."""
+    from .gathering import gather
+
+    stage = Training().correction
+    gather(
+        stage,
+        _teacher(options),
+        options.model or "demo-turbo",
+        options.folder,
+        count=options.count or stage.gathered,
+        seed=options.seed,
+        resume=options.resume,
+        compiled=options.compile,
+    )
+
+
 def distill(options: argparse.Namespace) -> None:
-    """Distil the flow's average, or the model of `--teacher`, into a turbo."""
+    """Distil the flow's average, or the model of `--teacher`, into a turbo, or correct the one of `--model`."""
     from .distill import train_turbo
 
+    training = Training()
     train_turbo(
-        _changed(Training().distillation, options),
+        _changed(training.correction if options.correct else training.distillation, options),
         _teacher(options),
         options.folder / TURBO,
         data=options.folder,
@@ -97,7 +115,9 @@ def evaluate(options: argparse.Namespace) -> None:
     steps = options.sampling_steps or pipe.variant.num_inference_steps
     guidance = pipe.variant.guidance_scale if options.guidance is None else options.guidance
     recipe = Recipe(steps=steps, shift=pipe.shift, guidance_scale=guidance)
-    print(json.dumps({"steps": steps, "guidance": guidance, **evaluate(pipe, options.count, options.seed, recipe)}))
+    print(
+        json.dumps({"steps": steps, "guidance": guidance, **evaluate(pipe, options.count or 50, options.seed, recipe)})
+    )
 
 
 def export(options: argparse.Namespace) -> None:
@@ -111,26 +131,31 @@ def export(options: argparse.Namespace) -> None:
 
 RUNS = ("autoencoder", "flow", "distill")
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
-    stage.__name__: stage for stage in (tokenizer, autoencoder, prepare, latents, flow, distill, evaluate, export)
+    stage.__name__: stage
+    for stage in (tokenizer, autoencoder, prepare, latents, flow, distill, gather, evaluate, export)
 }
 ALL = tuple(STAGES)
 OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "seed": (ALL, {"type": int, "default": 0, "help": "of everything that is drawn"}),
-    "resume": (RUNS, {"action": "store_true", "help": "go on from the saved state"}),
+    "resume": ((*RUNS, "gather"), {"action": "store_true", "help": "go on from the saved state"}),
     "until": (RUNS, {"type": int, "help": "stop after this step, to go on later with --resume"}),
     "steps": (RUNS, {"type": int, "help": "steps of the whole run"}),
     "batch": (RUNS, {"type": int, "help": "pictures of a step"}),
-    "compile": (("flow", "distill"), {"action": "store_true", "help": "compile the blocks; needs a C++ compiler"}),
+    "correct": (("distill",), {"action": "store_true", "help": "learn from what `gather` found, and less from scenes"}),
+    "compile": (
+        ("flow", "distill", "gather"),
+        {"action": "store_true", "help": "compile the blocks; needs a C++ compiler"},
+    ),
     "model": (
-        ("prepare", "flow", "distill", "evaluate"),
+        ("prepare", "flow", "distill", "gather", "evaluate"),
         {"help": "a checkpoint to start from or to measure, instead of what was trained in the folder"},
     ),
     "teacher": (
-        ("distill", "evaluate", "export"),
+        ("distill", "gather", "evaluate", "export"),
         {"help": "a checkpoint whose turbo this is, instead of the model that was trained in the folder"},
     ),
     "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
-    "count": (("evaluate",), {"type": int, "default": 50, "help": "captions of each kind and language"}),
+    "count": (("gather", "evaluate"), {"type": int, "help": "corrections; captions of each kind and language, 50"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
     "guidance": (("evaluate",), {"type": float, "help": "guidance scale; as the recipe has it"}),
 }

@@ -147,6 +147,30 @@ class DistillationStage(FlowStage):
     """Steps that the teacher takes from one of the student's levels to the next."""
     own_share: float = 0.5
     """Share of the steps whose lessons begin where the student gets to by itself: fewer captions, at all levels."""
+    correction_share: float = 0.0
+    """Share of the steps that are no lesson but a batch of corrections."""
+    corrected: int = 8
+    """Corrections in such a batch, beside as many ways that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionStage(DistillationStage):
+    """A student that has learned is set right where it is wrong and its teacher is not; see `gathering`.
+
+    Low rates and few steps: most of what it does is to stay.
+    """
+
+    steps: int = 160
+    batch: int = 32
+    learning_rate: float = 5e-5
+    matrix_rate: float = 1.5e-4
+    warmup: int = 10
+    decay: float = 0.8
+    log_every: int = 10
+    save_every: int = 20
+    correction_share: float = 0.8
+    gathered: int = 800
+    """Corrections to gather."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +182,4 @@ class Training:
     flow: FlowStage = field(default_factory=FlowStage)
     finishing: FinishingStage = field(default_factory=FinishingStage)
     distillation: DistillationStage = field(default_factory=DistillationStage)
+    correction: CorrectionStage = field(default_factory=CorrectionStage)

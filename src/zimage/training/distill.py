@@ -4,6 +4,9 @@ Progressive distillation in one go (arXiv 2202.00512) of a guided teacher (arXiv
 eight levels the teacher takes several guided steps of Euler to the next, and the student learns the velocity whose
 single step ends there. Lessons begin at a scene's latents with noise or, in a share of the steps, where the student
 itself gets to from noise, so that it learns to mend what it does wrong. The text encoder stays as it is.
+
+A student is corrected on ways that were gathered (`corrections`): its own way from the same noise, all steps at once,
+learns to go where the teacher's way went, or where its own went before.
 """
 
 from __future__ import annotations
@@ -22,15 +25,13 @@ from ..sampling.guidance import guide
 from ..sampling.schedule import shifted_sigmas
 from ..variants import TURBO
 from .config import DistillationStage
-from .flow import Batch, Batches
+from .corrections import LEVELS, Corrections, load_corrections
+from .flow import Batches
 from .latents import load_latents
 from .loop import Losses, run
 from .models import Painter, compile_blocks, half_precision, predict
 from .state import TrainingState, fill, step_generator
 from .tokenizer import batch_of, load_tokenizer, tokens_of
-
-LEVELS = TURBO.num_inference_steps
-"""Noise levels that the student evaluates at."""
 
 
 def train_turbo(
@@ -58,14 +59,16 @@ def train_turbo(
         earlier = ZImagePipeline.from_pretrained(initial, dtype="float32", device="cpu")
         fill(student, earlier.transformer.state_dict(), "the student to start from")
     tokenizer = load_tokenizer(data / "tokenizer")
-    lessons = Lessons(painter, student, Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo"), device)
+    batches = Batches(stage, tokenizer, load_latents(data, seed), seed, "turbo")
+    corrections = load_corrections(data, seed) if stage.correction_share else None
+    lessons = Lessons(painter, student, batches, device, corrections)
     if compiled:
         compile_blocks(painter.transformer, painter.text_encoder)
         compile_blocks(student)
     state = TrainingState.start(student, stage)
 
     def losses(step: int) -> Losses:
-        return {"loss": lesson_loss(student, lessons.of(step))}
+        return lessons.losses(step)
 
     run(state, losses, stage, folder=folder, seed=seed, resume=resume, until=until, progress=progress)
 
@@ -80,16 +83,24 @@ class Captions:
     empty_length: int
 
     @classmethod
+    def of_texts(cls, painter: Painter, tokenizer: Any, texts: list[str], device: torch.device) -> Captions:
+        """Those of `texts`."""
+        ids, lengths = batch_of(tokens_of(tokenizer, texts))
+        return cls.of(painter, ids, lengths, batch_of(tokens_of(tokenizer, [""])), device)
+
+    @classmethod
     @torch.no_grad()
-    def of(cls, painter: Painter, batch: Batch, empty: tuple[Tensor, list[int]], device: torch.device) -> Captions:
-        """Those of a batch; `empty` are ids and lengths of the empty caption alone."""
-        count, padded = batch.ids.shape
+    def of(
+        cls, painter: Painter, ids: Tensor, lengths: list[int], empty: tuple[Tensor, list[int]], device: torch.device
+    ) -> Captions:
+        """Those with ids (B, padded); `empty` are ids and lengths of the empty caption alone."""
+        count, padded = ids.shape
         nothing = empty[0].new_zeros(1, padded)
         nothing[:, : empty[0].shape[1]] = empty[0]
         with half_precision(device):
-            ids = torch.cat([batch.ids, nothing]).to(device)
-            encoded = painter.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
-        return cls(encoded[:count], batch.lengths, encoded[count:], empty[1][0])
+            both = torch.cat([ids, nothing]).to(device)
+            encoded = painter.text_encoder(input_ids=both, use_cache=False).last_hidden_state
+        return cls(encoded[:count], lengths, encoded[count:], empty[1][0])
 
     def with_empty(self) -> Captions:
         """All of them, and the empty one as often again."""
@@ -115,7 +126,7 @@ class Lesson:
     @torch.no_grad()
     def of(cls, teacher: Any, captions: Captions, noisy: Tensor, index: Tensor, stage: DistillationStage) -> Lesson:
         """What the teacher does from `noisy` at level `index` (B,) of the student's schedule to the next."""
-        levels = _levels(noisy.device)
+        levels = levels_of(noisy.device)
         start, end = levels[index], levels[index + 1]
         both_captions, latents = captions.with_empty(), noisy
         for step in range(stage.teacher_steps):
@@ -134,41 +145,69 @@ def lesson_loss(student: Any, lesson: Lesson) -> Tensor:
     return (velocity - lesson.target).square().mean()
 
 
+def way_loss(student: Any, captions: Captions, ways: Tensor) -> Tensor:
+    """The mean square of how far the student gets from `ways` (B, levels + 1, 16, h, w), over all levels."""
+    own = own_way(student, captions, ways[:, 0], LEVELS)
+    return (torch.stack(own, dim=1) - ways)[:, 1:].square().mean()
+
+
 class Lessons:
     """The lesson of each step, by its number and the student's weights."""
 
-    def __init__(self, painter: Painter, student: Any, batches: Batches, device: torch.device) -> None:
+    def __init__(
+        self,
+        painter: Painter,
+        student: Any,
+        batches: Batches,
+        device: torch.device,
+        corrections: Corrections | None = None,
+    ) -> None:
         self.painter, self.student, self.batches, self.device = painter, student, batches, device
+        self.corrections = corrections
         self.empty = batch_of(tokens_of(batches.tokenizer, [""]))
+        assert isinstance(batches.stage, DistillationStage)
+        self.stage = batches.stage
 
+    def losses(self, step: int) -> Losses:
+        """What the student does wrong in step 0, 1, …: in its lesson, or on a batch of corrections."""
+        generator = step_generator(self.batches.seed, step, "corrections")
+        if self.corrections is None or torch.rand((), generator=generator) >= self.stage.correction_share:
+            return {"loss": lesson_loss(self.student, self.of(step))}
+        texts, ways = [], []
+        for one in filter(lambda one: one.captions, (self.corrections.changed, self.corrections.kept)):
+            numbers = torch.randint(len(one.captions), (self.stage.corrected,), generator=generator)
+            chosen = one[numbers.tolist()]
+            texts += chosen.captions
+            ways.append(chosen.latents)
+        captions = Captions.of_texts(self.painter, self.batches.tokenizer, texts, self.device)
+        return {"loss": way_loss(self.student, captions, torch.cat(ways).to(self.device))}
+
+    @torch.no_grad()
     def of(self, step: int) -> Lesson:
         """The lesson of step 0, 1, …"""
-        batch, stage = self.batches.of(step), self.batches.stage
-        assert isinstance(stage, DistillationStage)
+        batch, stage = self.batches.of(step), self.stage
         generator = step_generator(self.batches.seed, step, "levels")
         if torch.rand((), generator=generator) < stage.own_share:
             batch = batch.first(max(1, stage.batch // LEVELS))
-            captions = Captions.of(self.painter, batch, self.empty, self.device)
+            captions = Captions.of(self.painter, batch.ids, batch.lengths, self.empty, self.device)
             index = torch.arange(LEVELS).repeat_interleave(len(batch.noise))
-            noisy = own_way(self.student, captions, batch.noise.to(self.device))
+            noisy = torch.cat(own_way(self.student, captions, batch.noise.to(self.device)))
             captions = captions.repeat(LEVELS)
         else:
-            captions = Captions.of(self.painter, batch, self.empty, self.device)
+            captions = Captions.of(self.painter, batch.ids, batch.lengths, self.empty, self.device)
             index = torch.randint(LEVELS, (len(batch.noise),), generator=generator)
-            sigmas = _levels(torch.device("cpu"))[index, None, None, None]
+            sigmas = levels_of(torch.device("cpu"))[index, None, None, None]
             noisy = torch.lerp(batch.latents, batch.noise, sigmas).to(self.device)
         return Lesson.of(self.painter.transformer, captions, noisy, index, stage)
 
 
-@torch.no_grad()
-def own_way(student: Any, captions: Captions, noise: Tensor) -> Tensor:
-    """Where the student is at each of its levels, (levels * B, 16, h, w), on its way from `noise` (B, 16, h, w)."""
-    levels = _levels(noise.device)
+def own_way(student: Any, captions: Captions, noise: Tensor, steps: int = LEVELS - 1) -> list[Tensor]:
+    """Where the student is before each of its first `steps` steps from `noise` (B, 16, h, w), and after the last."""
     passed = [noise]
-    for start, end in pairwise(levels[:-1]):
+    for start, end in pairwise(levels_of(noise.device)[: steps + 1]):
         velocity = _velocity(student, captions, passed[-1], start.expand(len(noise)))
         passed.append(passed[-1] + (end - start) * velocity)
-    return torch.cat(passed)
+    return passed
 
 
 def _velocity(transformer: Any, captions: Captions, noisy: Tensor, sigmas: Tensor) -> Tensor:
@@ -176,5 +215,6 @@ def _velocity(transformer: Any, captions: Captions, noisy: Tensor, sigmas: Tenso
         return predict(transformer, captions.features, captions.lengths, noisy, 1.0 - sigmas)
 
 
-def _levels(device: torch.device) -> Tensor:
+def levels_of(device: torch.device) -> Tensor:
+    """The student's noise levels, of which the last is 0."""
     return shifted_sigmas(LEVELS, TURBO.shift).to(device)
