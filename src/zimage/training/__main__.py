@@ -154,6 +154,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("distill", "gather", "evaluate", "export"),
         {"help": "a checkpoint whose turbo this is, instead of the model that was trained in the folder"},
     ),
+    "between": (
+        ("evaluate", "export"),
+        {"help": "with --variant turbo, a checkpoint: the model half way from its weights to the folder's"},
+    ),
     "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
     "count": (("gather", "evaluate"), {"type": int, "help": "corrections; captions of each kind and language, 50"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
@@ -208,17 +212,23 @@ def _teacher(options: argparse.Namespace) -> Any:
 def _pipeline(options: argparse.Namespace) -> Any:
     from ..pipeline import ZImagePipeline
 
+    if options.between and options.variant != "turbo":
+        raise RequestError("--between is of two turbos: the one that it names and the folder's; add --variant turbo")
     if getattr(options, "model", None):
         if options.variant:
             raise RequestError("--variant chooses between the folder's two models and --model names one; drop one")
         return ZImagePipeline.from_pretrained(options.model, device="cpu")
     from .models import make_pipeline
-    from .state import average_of, fill
+    from .state import average_of, between, fill
 
     painter = _teacher(options)
     if options.variant == "turbo":
         turbo = options.folder / TURBO
-        fill(painter.transformer, average_of(turbo), f"the run in {turbo}")
+        weights = average_of(turbo)
+        if options.between:
+            earlier = ZImagePipeline.from_pretrained(options.between, dtype="float32", device="cpu")
+            weights = between(earlier.transformer.state_dict(), weights)
+        fill(painter.transformer, weights, f"the run in {turbo}")
     vae = options.folder / VAE / "vae"
     return make_pipeline(painter, options.folder / "tokenizer", vae, variant=options.variant or "base")
 

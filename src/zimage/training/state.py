@@ -140,6 +140,14 @@ def average_of(folder: Path) -> dict[str, Tensor]:
     return _under("average.", read_state(folder)[0])
 
 
+def between(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights half way from one model to another that was trained on from it (arXiv 2109.01903): what training
+    changed for the better mostly stays, and less of what it had learned is lost."""
+    if first.keys() != second.keys():
+        raise CheckpointError("the two models have other parts: " + ", ".join(sorted(first.keys() ^ second.keys())[:5]))
+    return {name: torch.lerp(one.float(), second[name].float(), 0.5) for name, one in first.items()}
+
+
 def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
     """Give `model` the weights that come from `origin`; `CheckpointError` if they are of another one."""
     try:
