@@ -60,6 +60,23 @@ def test_activate_groups(noise: Callable[..., Tensor], dtype: torch.dtype, shape
     assert torch.equal(again, result)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "count"), [((1, 128, 9, 7), 32), ((2, 16, 33, 40), 8)], ids=str)
+def test_a_bias_is_added_before(
+    noise: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, ...], count: int
+) -> None:
+    """To the bit what the norm of torch's sum gives, also at the pixels that fill up the last tile."""
+    hidden, added = noise(*shape, dtype=dtype), 9.0 * noise(shape[1], dtype=dtype)
+    weight, bias = noise(shape[1], dtype=dtype), noise(shape[1], dtype=dtype)
+    given = hidden.clone()
+    result = fused.activate_groups(hidden, weight, bias, count, 1e-6, added)
+    expected = fused.activate_groups(hidden + added[:, None, None], weight, bias, count, 1e-6)
+    assert result is not None
+    assert expected is not None
+    assert torch.equal(result, expected)
+    assert torch.equal(hidden, given)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 512])
 def test_parts_are_joined(noise: Callable[..., Tensor], parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of several tiles, in programs that have one or several of them, the last not full."""
@@ -87,6 +104,8 @@ def test_what_it_was_not_written_for_is_left_to_torch(noise: Callable[..., Tenso
     assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 5, 1e-6) is None
     assert fused.activate_groups(noise(1, 16, 4, 4).double(), weight, bias, 8, 1e-6) is None
     assert fused.activate_groups(noise(16, 4), weight, bias, 8, 1e-6) is None
+    assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 8, 1e-6, noise(8)) is None
+    assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 8, 1e-6, bias.half()) is None
 
 
 def test_only_plain_group_norms_are_fused(noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,17 +61,22 @@ def wanted(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (tensor.is_cuda or _mode.get() == "on")
 
 
+def usable(*args: Any) -> bool:
+    """Whether `run` would try a kernel with these."""
+    mode = _mode.get()
+    return mode != "off" and (not _failures or mode == "on") and all(map(_is_plain, args))
+
+
 def run(name: str, *args: Any) -> Any:
     """What the kernel `name` gives, one of `fused` or, as "module.name", of another module here; or `None` where the
     plain expression has to be taken."""
-    mode = _mode.get()
-    if mode == "off" or (_failures and mode != "on") or not all(map(_is_plain, args)):
+    if not usable(*args):
         return None
     try:
         module, _, kernel = name.rpartition(".")
         return getattr(import_module(f"{__package__}.{module or 'fused'}"), kernel)(*args)
     except Exception as error:
-        if mode == "on" or is_out_of_memory(error):
+        if _mode.get() == "on" or is_out_of_memory(error):
             raise
         _give_up(f"{type(error).__name__}: {error}".splitlines()[0])
         return None
