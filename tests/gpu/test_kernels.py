@@ -79,11 +79,13 @@ def calls(dtype: torch.dtype) -> Calls:
     groups = nn.GroupNorm(32, 128, device="cuda", dtype=dtype)
     bias, doubling = noise(128), Upsample2D(128, use_conv=True)
     doubling.conv = nn.Identity()
+    convolution = nn.Conv2d(128, 128, 3, padding=1, device="cuda", dtype=dtype)
     picture = (2.0 * noise(1, 128, 1024, 1024) + 1.0).contiguous(memory_format=torch.channels_last)
     return {
         "activate groups": lambda: layers.activate(groups, picture),
         "activate biased groups": lambda: layers.activate(groups, picture.clone(), bias),
         "add pictures": lambda: pictures.add(picture.clone(), bias, picture.clone(), bias),
+        "convolve": lambda: pictures.convolve(convolution, picture),
         "double": lambda: pictures.upsample(doubling, picture),
         "normalize": lambda: layers.normalize(norms[0], tokens, factors[0]),
         "add": lambda: layers.add_normalized(tokens, norms[0], update, factors[0]),
@@ -115,7 +117,7 @@ def results(call: Callable[[], Any]) -> tuple[Tensor, ...]:
     ("name", "count"),
     [
         ("normalize", 1), ("add", 1), ("add and normalize", 1), ("rotate", 1), ("gate", 1), ("activate groups", 2),
-        ("activate biased groups", 2), ("add pictures", 1), ("double", 1),
+        ("activate biased groups", 2), ("add pictures", 1), ("double", 1), ("convolve", 1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, silu
 
 from zimage import ZImagePipeline
-from zimage.kernels import fused
+from zimage.kernels import fused, groups
 from zimage.kernels.switch import using
 from zimage.models.autoencoder import Autoencoder
 from zimage.models.layers import activate
@@ -77,12 +77,14 @@ def test_a_bias_is_added_before(
     assert torch.equal(hidden, given)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 512])
-def test_parts_are_joined(noise: Callable[..., Tensor], parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of several tiles, in programs that have one or several of them, the last not full."""
-    monkeypatch.setattr(fused, "TILE", 256)
+@pytest.mark.parametrize(("tile", "parts"), [(256, 1), (256, 2), (256, 3), (256, 512), (32, 512)])
+def test_parts_are_joined(noise: Callable[..., Tensor], tile: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of several tiles, in programs that have one or several of them, the last not full, and of more programs
+    than are joined at a time."""
+    monkeypatch.setattr(fused, "TILE", tile)
     monkeypatch.setattr(fused, "MOST_PARTS", parts)
     hidden, weight, bias = noise(1, 32, 11, 9) * 2.0 - 7.0, noise(32), noise(32)
+    assert tile == 256 or hidden[0, 0].numel() > groups.JOINED.value
     result = fused.activate_groups(hidden, weight, bias, 8, 1e-6)
     torch.testing.assert_close(result, plain(hidden, weight, bias, 8), rtol=1e-5, atol=1e-5)
 

@@ -246,7 +246,7 @@ def _is_channels(row: Tensor | None, picture: Tensor) -> bool:
     """Whether `row` (C,), if there is one, has a number for each channel of `picture`."""
     if row is None:
         return True
-    fits = row.ndim == 1 and len(row) == picture.shape[1] and row.is_contiguous()
+    fits = row.shape == picture.shape[1:2] and row.is_contiguous()
     return fits and row.dtype in TYPES and row.device == picture.device
 
 
