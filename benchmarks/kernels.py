@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from zimage.bench.report import write
 from zimage.kernels.switch import using
-from zimage.models import layers
+from zimage.models import layers, pictures
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
 from zimage.models.quantized import quantize_rows
 from zimage.models.rowwise import Quantized, has_product, multiplied, rounded, scaled
@@ -141,9 +142,14 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     opening, content = Gives(noise(1, tokens, HIDDEN, dtype=dtype)), Gives(noise(1, tokens, HIDDEN, dtype=dtype))
     row, item = tokens * DIM, dtype.itemsize
     picture = noise(1, *PICTURE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    other, bias = torch.zeros_like(picture), torch.zeros(PICTURE[0], device="cuda", dtype=dtype)
     groups = nn.GroupNorm(32, PICTURE[0], device="cuda", dtype=dtype)
+    doubling = Upsample2D(PICTURE[0], use_conv=True)
+    doubling.conv = nn.Identity()
     return {
         "activate groups": (lambda: layers.activate(groups, picture), picture.numel() * 3 * item),
+        "add pictures": (lambda: pictures.add(picture, bias, other, bias), picture.numel() * 3 * item),
+        "double": (lambda: pictures.upsample(doubling, picture), picture.numel() * 5 * item),
         "normalize": (lambda: layers.normalize(norms[0], stream, factors[0]), row * (wide.itemsize + item)),
         "add": (lambda: layers.add_normalized(stream, norms[0], update, factors[0]), row * 3 * wide.itemsize),
         "add, normalize": (

@@ -5,6 +5,7 @@ tests/kernels has the same comparisons at small sizes and for every shape; where
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from zimage import ZImagePipeline
 from zimage.kernels import fused
 from zimage.kernels.switch import using
-from zimage.models import layers
+from zimage.models import layers, pictures
 from zimage.models.transformer import ZImageTransformer
 from zimage.testing import build_checkpoint
 
@@ -75,9 +77,16 @@ def calls(dtype: torch.dtype) -> Calls:
     scale = 2.0**-8 if dtype == torch.float16 else 1.0
     query, key = heads[:, :, 0], heads[:, :, 1]
     groups = nn.GroupNorm(32, 128, device="cuda", dtype=dtype)
+    bias, doubling = noise(128), Upsample2D(128, use_conv=True)
+    doubling.conv = nn.Identity()
+    convolution = nn.Conv2d(128, 128, 3, padding=1, device="cuda", dtype=dtype)
     picture = (2.0 * noise(1, 128, 1024, 1024) + 1.0).contiguous(memory_format=torch.channels_last)
     return {
         "activate groups": lambda: layers.activate(groups, picture),
+        "activate biased groups": lambda: layers.activate(groups, picture.clone(), bias),
+        "add pictures": lambda: pictures.add(picture.clone(), bias, picture.clone(), bias),
+        "convolve": lambda: pictures.convolve(convolution, picture),
+        "double": lambda: pictures.upsample(doubling, picture),
         "normalize": lambda: layers.normalize(norms[0], tokens, factors[0]),
         "add": lambda: layers.add_normalized(tokens, norms[0], update, factors[0]),
         "add and normalize": lambda: layers.add_then_normalize(
@@ -106,8 +115,11 @@ def results(call: Callable[[], Any]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("normalize", 1), ("add", 1), ("add and normalize", 1), ("rotate", 1), ("gate", 1), ("activate groups", 3)],
-)
+    [
+        ("normalize", 1), ("add", 1), ("add and normalize", 1), ("rotate", 1), ("gate", 1), ("activate groups", 2),
+        ("activate biased groups", 2), ("add pictures", 1), ("double", 1), ("convolve", 1),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name: str, count: int) -> None:
     kind: torch.dtype = getattr(torch, dtype)
@@ -151,7 +163,8 @@ def test_a_forward_with_and_without(folder: Path, launches: list[str], dtype: st
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_decode_with_and_without(folder: Path, launches: list[str], dtype: str) -> None:
-    """The whole decoder stays in channels-last layout: every norm before an activation is fused."""
+    """The whole decoder stays in channels-last layout: every norm before an activation is fused,
+    and biases are added by what comes next."""
     pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype=dtype)
     latents = torch.randn(1, 16, 64, 48, generator=torch.Generator().manual_seed(0)).cuda()
     with using("off"):
@@ -160,7 +173,13 @@ def test_a_decode_with_and_without(folder: Path, launches: list[str], dtype: str
     result = pipe.autoencoder.decode(latents).float()
     decoder = pipe.autoencoder.vae.decoder
     residuals = sum(len(block.resnets) for block in (decoder.mid_block, *decoder.up_blocks))
-    assert launches.count("activate_groups") == 2 * residuals + 1
+    upsamplers = sum(len(block.upsamplers or ()) for block in decoder.up_blocks)
+    assert Counter(launches) == {
+        "gather_groups": 2 * residuals + 1,
+        "activate_groups": 2 * residuals + 1,
+        "add_elements": residuals + upsamplers,
+        "double_pixels": upsamplers,
+    }
     assert torch.cosine_similarity(result.flatten(), expected.flatten(), dim=0).item() >= 0.9999
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, silu
 
 from zimage import ZImagePipeline
-from zimage.kernels import fused
+from zimage.kernels import fused, groups
 from zimage.kernels.switch import using
 from zimage.models.autoencoder import Autoencoder
 from zimage.models.layers import activate
@@ -60,12 +60,31 @@ def test_activate_groups(noise: Callable[..., Tensor], dtype: torch.dtype, shape
     assert torch.equal(again, result)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 512])
-def test_parts_are_joined(noise: Callable[..., Tensor], parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of several tiles, in programs that have one or several of them, the last not full."""
-    monkeypatch.setattr(fused, "TILE", 256)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "count"), [((1, 128, 9, 7), 32), ((2, 16, 33, 40), 8)], ids=str)
+def test_a_bias_is_added_before(
+    noise: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, ...], count: int
+) -> None:
+    """To the bit what the norm of torch's sum gives, also at the pixels that fill up the last tile."""
+    hidden, added = noise(*shape, dtype=dtype), 9.0 * noise(shape[1], dtype=dtype)
+    weight, bias = noise(shape[1], dtype=dtype), noise(shape[1], dtype=dtype)
+    given = hidden.clone()
+    result = fused.activate_groups(hidden, weight, bias, count, 1e-6, added)
+    expected = fused.activate_groups(hidden + added[:, None, None], weight, bias, count, 1e-6)
+    assert result is not None
+    assert expected is not None
+    assert torch.equal(result, expected)
+    assert torch.equal(hidden, given)
+
+
+@pytest.mark.parametrize(("tile", "parts"), [(256, 1), (256, 2), (256, 3), (256, 512), (32, 512)])
+def test_parts_are_joined(noise: Callable[..., Tensor], tile: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of several tiles, in programs that have one or several of them, the last not full, and of more programs
+    than are joined at a time."""
+    monkeypatch.setattr(fused, "TILE", tile)
     monkeypatch.setattr(fused, "MOST_PARTS", parts)
     hidden, weight, bias = noise(1, 32, 11, 9) * 2.0 - 7.0, noise(32), noise(32)
+    assert tile == 256 or hidden[0, 0].numel() > groups.JOINED.value
     result = fused.activate_groups(hidden, weight, bias, 8, 1e-6)
     torch.testing.assert_close(result, plain(hidden, weight, bias, 8), rtol=1e-5, atol=1e-5)
 
@@ -87,6 +106,8 @@ def test_what_it_was_not_written_for_is_left_to_torch(noise: Callable[..., Tenso
     assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 5, 1e-6) is None
     assert fused.activate_groups(noise(1, 16, 4, 4).double(), weight, bias, 8, 1e-6) is None
     assert fused.activate_groups(noise(16, 4), weight, bias, 8, 1e-6) is None
+    assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 8, 1e-6, noise(8)) is None
+    assert fused.activate_groups(noise(1, 16, 4, 4), weight, bias, 8, 1e-6, bias.half()) is None
 
 
 def test_only_plain_group_norms_are_fused(noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,2 @@
-"""What lies between the transformer's matrix products, each in one pass over memory: fused kernels in Triton."""
+"""What lies between the transformer's matrix products, and the image decoder's convolutions: fused kernels in Triton,
+each of which passes over memory once."""

@@ -211,36 +211,47 @@ def _gate_rows(opening: Tensor, content: Tensor, scale: float, narrow: torch.dty
 
 
 @_overridable
-def activate_groups(hidden: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float) -> Tensor | None:
-    """SiLU of the group norm of `hidden` (B, C, H, W), channels last, in `count` groups."""
-    if hidden.ndim != 4 or not hidden.numel() or not hidden.is_contiguous(memory_format=torch.channels_last):
+def activate_groups(
+    hidden: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float, added: Tensor | None = None
+) -> Tensor | None:
+    """SiLU of the group norm of `hidden` (B, C, H, W), channels last, in `count` groups; `added` (C,) is added to
+    `hidden` before, rounded to its type."""
+    if not _is_picture(hidden) or not all(_is_channels(one, hidden) for one in (weight, bias, added)):
+        return None
+    if added is not None and added.dtype != hidden.dtype:
         return None
     batch, channels, height, width = hidden.shape
     if channels != _power_of_two(channels) or channels > TILE or channels % count or batch > MOST_BATCHES:
         return None
-    if any(one.shape != (channels,) or not _fit(one, channels) for one in (weight, bias)):
-        return None
-    if hidden.dtype not in TYPES or len({hidden.device, weight.device, bias.device}) > 1:
-        return None
     pixels, size, tile = height * width, channels // count, TILE // channels
     tiles = -(-pixels // (tile * MOST_PARTS))
     parts = -(-pixels // (tile * tiles))
-    means, squares = torch.empty(2, batch, parts, count, device=hidden.device).unbind()
-    scales, shifts = torch.empty(2, batch, channels, device=hidden.device).unbind()
+    numbers = torch.zeros(batch, 2 * count * (size + 1 + parts), device=hidden.device)
     result = torch.empty_like(hidden)
     _launch(
-        groups.gather_groups, (parts, batch), hidden, means, squares, pixels, tiles,
+        groups.gather_groups, (parts, batch), hidden, added, weight, bias, numbers, pixels, tiles, tile * tiles, eps,
         groups=count, size=size, rows=tile, num_warps=8,
     )  # fmt: skip
     _launch(
-        groups.join_groups, (batch,), means, squares, weight, bias, scales, shifts, pixels, parts, tile * tiles, eps,
-        groups=count, size=size, most=_power_of_two(parts), num_warps=8,
-    )  # fmt: skip
-    _launch(
-        groups.activate_groups, (-(-pixels // tile), batch), hidden, scales, shifts, result, pixels,
-        channels=channels, rows=tile, num_warps=8,
+        groups.activate_groups, (-(-pixels // tile), batch), hidden, added, numbers, result, pixels, parts,
+        groups=count, size=size, rows=tile, num_warps=8,
     )  # fmt: skip
     return result
+
+
+def _is_picture(hidden: Tensor) -> bool:
+    """Whether `hidden` is (B, C, H, W) with channels side by side."""
+    if hidden.ndim != 4 or not hidden.numel() or hidden.dtype not in TYPES:
+        return False
+    return hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels(row: Tensor | None, picture: Tensor) -> bool:
+    """Whether `row` (C,), if there is one, has a number for each channel of `picture`."""
+    if row is None:
+        return True
+    fits = row.shape == picture.shape[1:2] and row.is_contiguous()
+    return fits and row.dtype in TYPES and row.device == picture.device
 
 
 def _shape(hidden: Tensor, *factors: Tensor | None) -> tuple[int, int, int] | None:

@@ -64,20 +64,27 @@ def wanted(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (tensor.is_cuda or _mode.get() == "on")
 
 
-def run(name: str, *args: Any) -> Any:
-    """What the kernel `name` gives, one of `fused` or, as "module.name", of another module here; or `None` where the
-    plain expression has to be taken."""
+def usable(*args: Any) -> bool:
+    """Whether `run` would try a kernel with these."""
     mode = _mode.get()
     if mode == "off" or (_failures and mode != "on"):
-        return None
+        return False
     graded = torch.is_grad_enabled()
     for value in args:
         if isinstance(value, Tensor) and (type(value) not in _PLAIN or (graded and value.requires_grad)):
-            return None
+            return False
+    return True
+
+
+def run(name: str, *args: Any) -> Any:
+    """What the kernel `name` gives, one of `fused` or, as "module.name", of another module here; or `None` where the
+    plain expression has to be taken."""
+    if not usable(*args):
+        return None
     try:
         return _kernel(name)(*args)
     except Exception as error:
-        if mode == "on" or is_out_of_memory(error):
+        if _mode.get() == "on" or is_out_of_memory(error):
             raise
         _give_up(f"{type(error).__name__}: {error}".splitlines()[0])
         return None

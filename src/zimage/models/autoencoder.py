@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import SiLU
 
 from .layers import activate, is_bare
+from .pictures import add, convolved, upsample
 from .precision import finite
 from .strips import decode_in_strips
 
@@ -104,8 +105,19 @@ def _is_made_of(half: Any, levels: Any, kind: type) -> bool:
         type(half.mid_block) is UNetMidBlock2D
         and all(type(block) is kind for block in levels)
         and all(_is_plain_residual(residual) for block in (half.mid_block, *levels) for residual in block.resnets)
-        and all(is_bare(module) for module in half.modules())
+        and _is_bare_throughout(half)
     )
+
+
+def _is_bare_throughout(half: Any) -> bool:
+    """Whether no module of it is hooked; every decode asks, and `modules()` takes twice the time."""
+    waiting = [half]
+    while waiting:
+        module = waiting.pop()
+        if not is_bare(module):
+            return False
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return True
 
 
 def _is_plain_residual(block: Any) -> bool:
@@ -128,7 +140,7 @@ def _decoder(decoder: Any, scaled: Tensor, strip_levels: int) -> Tensor:
         if strip_levels and number == len(blocks) - strip_levels:
             return decode_in_strips(decoder, hidden, strip_levels)
         for upsampler in block.upsamplers or ():
-            hidden = upsampler(hidden)  # (1, C, 2H, 2W)
+            hidden = upsample(upsampler, hidden)  # (1, C, 2H, 2W)
     return decoder.conv_out(activate(decoder.conv_norm_out, hidden))
 
 
@@ -151,8 +163,8 @@ def _middle(block: Any, hidden: Tensor) -> Tensor:
 
 
 def _residual(block: Any, hidden: Tensor) -> Tensor:
-    update = block.conv1(activate(block.norm1, hidden))
-    update = block.conv2(activate(block.norm2, update))
+    update = convolved(block.conv1, activate(block.norm1, hidden))
+    update = convolved(block.conv2, activate(block.norm2, *update))
     if block.conv_shortcut is not None:
-        hidden = block.conv_shortcut(hidden)
-    return update.add_(hidden)
+        return add(*update, *convolved(block.conv_shortcut, hidden))
+    return add(*update, hidden)

@@ -123,12 +123,16 @@ def gate(opening: Any, content: Any, hidden: Rows, scale: float = 1.0, kind: str
     return rounded(F.silu(opened, inplace=in_place).mul_(held if scale == 1.0 else held * scale), kind)
 
 
-def activate(module: Any, hidden: Tensor) -> Tensor:
-    """`silu(module(hidden))`; of a group norm, fused where that applies."""
+def activate(module: Any, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu(module(hidden + bias))` of a picture (B, C, H, W) and a bias (C,), if there is one, which may be added in
+    place; of a group norm, fused where that applies."""
     if type(module) is nn.GroupNorm and wanted(hidden) and module.affine and is_bare(module):
-        fused: Tensor | None = run("activate_groups", hidden, module.weight, module.bias, module.num_groups, module.eps)
+        norm = module.weight, module.bias, module.num_groups, module.eps
+        fused: Tensor | None = run("activate_groups", hidden, *norm, bias)
         if fused is not None:
             return fused
+    if bias is not None:
+        hidden = hidden.add_(bias[:, None, None])
     result = module(hidden)
     return F.silu(result, inplace=is_bare(module) and result is not hidden)
 

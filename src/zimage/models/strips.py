@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..memory.sizes import STRIP, STRIP_CHANNELS, overlap
+from .pictures import add, convolve, convolved, upsample
 
 Walk = Generator[tuple[nn.GroupNorm, Tensor], Tensor, Tensor]
 
@@ -115,12 +116,13 @@ def _walk(decoder: Any, source: Tensor, strip: Strip, levels: int) -> Walk:
     for block in blocks[-levels:]:
         for residual in block.resnets:
             update = yield residual.norm1, hidden
-            update = residual.conv1(F.silu(update, inplace=True))
+            update = convolve(residual.conv1, F.silu(update, inplace=True))
             update = yield residual.norm2, update
-            update = residual.conv2(F.silu(update, inplace=True))
-            if residual.conv_shortcut is not None:
-                hidden = residual.conv_shortcut(hidden)
-            hidden = update.add_(hidden)
+            convolution = convolved(residual.conv2, F.silu(update, inplace=True))
+            if residual.conv_shortcut is None:
+                hidden = add(*convolution, hidden)
+            else:
+                hidden = add(*convolution, *convolved(residual.conv_shortcut, hidden))
         hidden = _upsampled(block, hidden)
     hidden = yield decoder.conv_norm_out, hidden
     return decoder.conv_out(F.silu(hidden, inplace=True))
@@ -137,7 +139,7 @@ def _chunks(norm: nn.GroupNorm, values: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _upsampled(block: Any, hidden: Tensor) -> Tensor:
     for upsampler in block.upsamplers or ():
-        hidden = upsampler(hidden)
+        hidden = upsample(upsampler, hidden)
     return hidden
 
 
