@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_models_own_numbers(model: Qwen3Model, dtype: torch.dtype, tokens: i
 
 
 def test_few_kernels_and_products(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each layer: a rotation, a gate and two norms with what is added before them, but for the last's."""
+    """Of each layer: two norms, one of them with what is added before it, a rotation and a gate."""
     names: list[str] = []
     run = switch.run
 
@@ -85,8 +86,7 @@ def test_few_kernels_and_products(model: Qwen3Model, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(qwen, "run", note)
     with using("on"):
         assert qwen.hidden_states(model, embedded(model)) is not None
-    layer = ["rotate_normalized", "add_then_normalize", "gate", "add_then_normalize"]
-    assert names == ["normalize", *layer * 3][:-1]
+    assert names == ["normalize", "rotate_normalized", "add_then_normalize", "gate"] * 3
 
 
 def test_a_prompt_goes_that_way(base: ZImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,15 +108,42 @@ def test_without_kernels_the_model_is_called(model: Qwen3Model, monkeypatch: pyt
             assert qwen.hidden_states(model, embedded(model)) is None, refused
 
 
-def test_the_last_sum_alone_can_be_refused(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, sums = switch.run, iter([False, True, False, False])
+class Mover:
+    """What brings layers to where they compute, as `memory.residency` does: by hooks, and by `hold`."""
 
-    def refuse(name: str, *args: Any) -> Any:
-        return None if name == "add_then_normalize" and next(sums) else run(name, *args)
+    def __init__(self, model: Any) -> None:
+        self.seen: list[str] = []
+        for number, layer in enumerate(model.layers):
+            layer.number = number
+            layer.register_forward_pre_hook(self.enter)
+            layer.register_forward_hook(self.leave)
+        model.hold = self.hold
 
-    monkeypatch.setattr(qwen, "run", refuse)
+    def enter(self, layer: Any, _: Any) -> None:
+        self.seen.append(f"enter {layer.number}")
+
+    def leave(self, layer: Any, *_: Any) -> None:
+        self.seen.append(f"leave {layer.number}")
+
+    @contextmanager
+    def hold(self, layer: Any) -> Iterator[None]:
+        self.enter(layer, None)
+        yield
+        self.leave(layer)
+
+
+def test_layers_that_are_moved_are_held(model: Qwen3Model) -> None:
     with using("on"):
-        assert qwen.hidden_states(model, embedded(model)) is None
+        expected = qwen.hidden_states(model, embedded(model))
+        mover = Mover(model)
+        assert qwen.is_plain(model)
+        states = qwen.hidden_states(model, embedded(model))
+    assert expected is not None
+    assert states is not None
+    assert torch.equal(states, expected)
+    assert mover.seen == [f"{what} {number}" for number in range(3) for what in ("enter", "leave")]
+    model.layers[1].register_forward_hook(lambda *given: None)
+    assert not qwen.is_plain(model)
 
 
 def other_class(model: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import groups, rows
+from . import groups, launching, rows
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096
@@ -32,6 +32,7 @@ GATE_BLOCK = 2048
 FLOAT8_CARDS = (8, 9)
 """Compute capability from which on cards convert float8 e4m3."""
 
+_launch = launching.launch
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 
@@ -324,9 +325,3 @@ def _warps(elements: int) -> int:
 def _power_of_two(number: int) -> int:
     """The first that is not below `number`: Triton's blocks have such sizes."""
     return 1 << (number - 1).bit_length()
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **constants: Any) -> None:
-    """Start `kernel` on the device of its tensors, in the current stream; nothing waits for it."""
-    with torch.cuda.device_of(first):
-        kernel[grid](first, *args, **constants, enable_fp_fusion=False)

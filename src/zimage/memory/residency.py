@@ -117,6 +117,7 @@ class Residency:
             if layer in self._layers:
                 self._hooks.append(layer.register_forward_pre_hook(self._enter))
                 self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))
+                self._models["text_encoder"].hold = self._hold
         if self._layers:
             self._models["transformer"].hold = self._hold
 
@@ -125,7 +126,8 @@ class Residency:
             hook.remove()
         self._hooks.clear()
         if self._models:
-            vars(self._models["transformer"]).pop("hold", None)
+            for model in self._models.values():
+                vars(model).pop("hold", None)
         self._ring = None
 
     def _turning(self) -> Ring:

@@ -1,12 +1,14 @@
 """Qwen3's layers with fused kernels between their matrix products: a prompt costs a quarter of the launches.
 
 A prompt is short, so that on CUDA nearly all of its time is starting kernels: some 60 for each layer as transformers
-writes it, 13 here. Called for a whole prompt without padding; the order of operations and of roundings is the model's
+writes it, 14 here. Called for a whole prompt without padding; the order of operations and of roundings is the model's
 own, but that queries and keys are turned in float32. Knows no tokenizer and no cache.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,18 +33,24 @@ _SILU = type(ACT2FN["silu"])
 
 def is_plain(model: Any) -> bool:
     """Whether `model` computes what `hidden_states` does: layers of transformers' own classes that see all tokens
-    before them, nothing hooked, its last norm gone."""
+    before them, its last norm gone, and no hooks but of what moves its layers, whose `hold` is called instead."""
     if type(model) is not qwen3.Qwen3Model or model.training or type(model.norm) is not nn.Identity:
         return False
     if model.has_sliding_layers or not len(model.layers) or not is_bare(model):
         return False
-    return all(type(layer) is qwen3.Qwen3DecoderLayer and _is_plain_layer(layer) for layer in model.layers)
+    mover = getattr(vars(model).get("hold"), "__self__", None)
+    return all(_is_plain_layer(layer, mover) for layer in model.layers)
 
 
-def _is_plain_layer(layer: Any) -> bool:
+def _is_plain_layer(layer: Any, mover: Any) -> bool:
+    if type(layer) is not qwen3.Qwen3DecoderLayer or "forward" in vars(layer) or layer._backward_hooks:
+        return False
+    hooks = chain(layer._forward_pre_hooks.values(), layer._forward_hooks.values())
+    if any(mover is None or getattr(hook, "__self__", None) is not mover for hook in hooks):
+        return False
     if any(type(layer.get_submodule(name)) is not kind for name, kind in _KINDS.items()):
         return False
-    return type(layer.mlp.act_fn) is _SILU and all(is_bare(module) for module in layer.modules())
+    return type(layer.mlp.act_fn) is _SILU and all(is_bare(module) for module in layer.modules() if module is not layer)
 
 
 def hidden_states(model: Any, embedded: Tensor) -> Tensor | None:
@@ -50,32 +58,26 @@ def hidden_states(model: Any, embedded: Tensor) -> Tensor | None:
     does not take them, and the model has to be called itself."""
     if not wanted(embedded):
         return None
-    layers = list(model.layers)
     cosine, sine = model.rotary_emb(embedded, torch.arange(embedded.shape[1], device=embedded.device)[None])
     half = cosine.shape[-1] // 2  # the second half repeats the first
     rotations = torch.complex(cosine[..., :half].float(), sine[..., :half].float())  # (1, tokens, head_dim / 2)
-    first = layers[0].input_layernorm
-    tokens, hidden = embedded, run("normalize", embedded, first.weight, None, first.variance_epsilon)
-    for number, layer in enumerate(layers):
-        update = None if hidden is None else _attention(layer.self_attn, hidden, rotations)
-        added = None if update is None else _add(tokens, update, layer.post_attention_layernorm)
-        if added is None:
-            return None
-        tokens, hidden = added
-        update = _feed_forward(layer.mlp, hidden)
-        if update is None or number == len(layers) - 1:
-            return None if update is None else tokens + update
-        added = _add(tokens, update, layers[number + 1].input_layernorm)
-        tokens, hidden = added or (tokens, None)
-    return None
+    hold = vars(model).get("hold", lambda layer: nullcontext())
+    tokens: Tensor | None = embedded
+    for layer in model.layers:
+        with hold(layer):
+            tokens = None if tokens is None else _layer(layer, tokens, rotations)
+    return tokens
 
 
-def _add(tokens: Tensor, update: Tensor, norm: Any) -> tuple[Tensor, Tensor] | None:
-    """`tokens + update`, and the norm of that."""
-    added: tuple[Tensor, Tensor] | None = run(
-        "add_then_normalize", tokens, update, None, None, 0.0, norm.weight, None, norm.variance_epsilon
-    )
-    return added
+def _layer(layer: Any, tokens: Tensor, rotations: Tensor) -> Tensor | None:
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    hidden = run("normalize", tokens, norms[0].weight, None, norms[0].variance_epsilon)
+    update = None if hidden is None else _attention(layer.self_attn, hidden, rotations)
+    if update is None:
+        return None
+    added = run("add_then_normalize", tokens, update, None, None, 0.0, norms[1].weight, None, norms[1].variance_epsilon)
+    update = None if added is None else _feed_forward(layer.mlp, added[1])
+    return None if update is None else added[0] + update
 
 
 def _attention(attention: Any, hidden: Tensor, rotations: Tensor) -> Tensor | None:
