@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from zimage import ZImagePipeline
@@ -112,20 +112,30 @@ def test_float32_math_widens_biases(noise: Noise) -> None:
 
 @pytest.mark.parametrize("strip_levels", [0, 1])
 def test_a_decode(
-    base: ZImagePipeline, device: torch.device, noise: Noise, launches: Counter[str], strip_levels: int
-) -> None:
+    base: ZImagePipeline, device: torch.device, noise: Noise, launches: Counter[str], strip_levels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Each residual is one sum, each enlargement one kernel; biases that a norm adds cost no pass."""
     vae = copy.deepcopy(base.autoencoder.vae).to(device)
     latents = noise(1, 16, 4, 2)
     with using("off"):
         expected = Autoencoder(vae).decode(latents, strip_levels)
     assert not launches
+    biased: list[int] = []
+    convolve = nn.Conv2d._conv_forward
+
+    def noted(module: nn.Conv2d, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        biased.extend([] if bias is None else [1])
+        return convolve(module, hidden, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", noted)
     with using("on"):
         result = Autoencoder(vae).decode(latents, strip_levels)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     if strip_levels:
         assert min(launches["add_elements"], launches["double_pixels"]) > 0
         return
+    assert len(biased) == 2  # the first and the last
     blocks = (vae.decoder.mid_block, *vae.decoder.up_blocks)
     residuals = sum(len(block.resnets) for block in blocks)
     upsamplers = sum(len(block.upsamplers or ()) for block in vae.decoder.up_blocks)

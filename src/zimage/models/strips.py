@@ -118,11 +118,11 @@ def _walk(decoder: Any, source: Tensor, strip: Strip, levels: int) -> Walk:
             update = yield residual.norm1, hidden
             update = convolve(residual.conv1, F.silu(update, inplace=True))
             update = yield residual.norm2, update
-            convolution = convolved(residual.conv2, F.silu(update, inplace=True))
+            update, bias = convolved(residual.conv2, F.silu(update, inplace=True))
             if residual.conv_shortcut is None:
-                hidden = add(*convolution, hidden)
+                hidden = add(update, bias, hidden)
             else:
-                hidden = add(*convolution, *convolved(residual.conv_shortcut, hidden))
+                hidden = add(update, bias, *convolved(residual.conv_shortcut, hidden))
         hidden = _upsampled(block, hidden)
     hidden = yield decoder.conv_norm_out, hidden
     return decoder.conv_out(F.silu(hidden, inplace=True))
