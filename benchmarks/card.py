@@ -54,7 +54,7 @@ RECIPE = "recipe"
 def main() -> None:
     """Measure the chosen cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join([*CASES, RECIPE]))
+    parser.add_argument("--cases", default=",".join([*CASES, RECIPE]), help="each with :rounds where it has its own")
     parser.add_argument("--size", default="real")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--recipe-rounds", type=int, default=2)
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     names = arguments.cases.split(",")
-    unknown = set(names) - {*CASES, RECIPE}
+    unknown = {name.partition(":")[0] for name in names} - {*CASES, RECIPE}
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join([*CASES, RECIPE])}")
     warnings.filterwarnings("ignore", module=r"(?!zimage)")
@@ -85,12 +85,14 @@ def main() -> None:
 
 def measure(name: str, built: Any, arguments: argparse.Namespace) -> str:
     """A case, kept if that is asked for, as text."""
+    name, _, own = name.partition(":")
     if name == RECIPE:
         result = recipe(of_variant(built, "base"), arguments.recipe_rounds, arguments.recipe_side)
         if arguments.output:
             write(result, arguments.output, f"recipe-{arguments.size}-{time.strftime('%Y-%m-%d')}")
         return "\n".join(f"{key}: {value}" for key, value in result.items())
-    settings = Settings(size=arguments.size, device=arguments.device, rounds=arguments.rounds, **CASES[name])
+    rounds = int(own or arguments.rounds)
+    settings = Settings(size=arguments.size, device=arguments.device, rounds=rounds, **CASES[name])
     other = settings.dtype != "auto"
     report = run(settings, built=None if other else of_variant(built, settings.variant or "turbo"))
     if arguments.output:

@@ -5,6 +5,7 @@ tests/kernels has the same comparisons at small sizes and for every shape; where
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from zimage.kernels import fused
 from zimage.kernels.switch import using
 from zimage.models import layers, pictures
 from zimage.models.transformer import ZImageTransformer
-from zimage.testing import build_checkpoint
+from zimage.testing import build_checkpoint, build_diffusers
 
 pytestmark = pytest.mark.gpu
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -135,13 +137,33 @@ def test_a_kernel_is_the_plain_expression(launches: list[str], dtype: str, name:
         assert value.dtype == reference.dtype
         assert torch.cosine_similarity(value.double().flatten(), reference.double().flatten(), dim=0).item() >= 0.99999
         difference = (value.double() - reference.double()).norm() / reference.double().norm()
-        assert difference.item() <= (1e-6 if kind == torch.float32 else torch.finfo(kind).eps / 4)
+        # torch rounds means and deviations of group norms to half precision, which the test below looks at.
+        most = torch.finfo(kind).eps / (1 if name.startswith("activate") else 4)
+        assert difference.item() <= (1e-6 if kind == torch.float32 else most)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_group_norms_are_nearer_than_torchs(dtype: str) -> None:
+    """To the same in float64, rounded where both round: before SiLU and after."""
+    kind: torch.dtype = getattr(torch, dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+    picture = (2.0 * torch.randn(1, 128, 256, 256, generator=generator, device="cuda") + 1.0).to(kind)
+    picture = picture.contiguous(memory_format=torch.channels_last)
+    groups = nn.GroupNorm(32, 128, device="cuda", dtype=kind)
+    exact = F.silu(copy.deepcopy(groups).double()(picture.double()).to(kind).double())
+    errors = []
+    for mode in ("on", "off"):
+        with using(mode):
+            errors.append((layers.activate(groups, picture).double() - exact).norm().item() / exact.norm().item())
+    assert errors[0] <= torch.finfo(kind).eps / 4
+    assert errors[0] < errors[1]
 
 
 def forward(transformer: ZImageTransformer) -> Callable[[], Tensor]:
     """A picture of 512² with a caption; what is made once a picture is made."""
     generator = torch.Generator().manual_seed(0)
-    features, latents = (torch.randn(*shape, generator=generator).cuda() for shape in ((20, 512), (1, 16, 64, 64)))
+    shapes = (20, transformer.config.cap_feat_dim), (1, 16, 64, 64)
+    features, latents = (torch.randn(*shape, generator=generator).cuda() for shape in shapes)
     caption = transformer.encode_caption(features)
     grid = transformer.grid(64, 64, caption.length)
     (modulation,) = transformer.modulations(torch.tensor([0.3], device="cuda"))
@@ -149,13 +171,13 @@ def forward(transformer: ZImageTransformer) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_forward_with_and_without(folder: Path, launches: list[str], dtype: str) -> None:
-    """By itself a pipeline on CUDA has them."""
-    transformer = ZImagePipeline.from_pretrained(folder, device="cuda", dtype=dtype).transformer
+def test_a_forward_with_and_without(launches: list[str], dtype: Any) -> None:
+    """By itself a pipeline on CUDA has them; at the released widths."""
+    transformer = ZImagePipeline.from_diffusers(build_diffusers(size="wide", device="cuda", dtype=dtype)).transformer
     with using("off"):
-        expected = forward(transformer)().float().flatten()
+        expected = forward(transformer)().double().flatten()
     assert launches == []
-    result = forward(transformer)().float().flatten()
+    result = forward(transformer)().double().flatten()
     blocks = len(transformer.context_refiner) + len(transformer.noise_refiner) + len(transformer.layers)
     assert len(launches) == 5 * blocks
     assert torch.cosine_similarity(result, expected, dim=0).item() >= 0.9999
@@ -213,3 +235,16 @@ def test_another_size_compiles_nothing() -> None:
     for shape in ((1, 1), (1, 17), (1, TOKENS), (2, 64), (3, 65)):
         run(*shape)
     assert compiled() == before > 0
+
+
+def test_a_tensor_that_starts_elsewhere_has_a_kernel_of_its_own() -> None:
+    """One that was compiled for sixteen bytes at a time would read past its place, or fault."""
+    weight = torch.randn(DIM, device="cuda")
+    room = torch.randn(4 * DIM + 1, device="cuda")
+    for _ in range(3):
+        for start in (0, 1):
+            rows = room[start : start + 4 * DIM].view(1, 4, DIM)
+            made = fused.normalize(rows, weight, None, 1e-5)
+            assert isinstance(made, Tensor)
+            exact = rows.double() * (rows.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+            assert (made.double() - exact).norm() <= 1e-6 * exact.norm()

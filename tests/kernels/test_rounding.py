@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage.kernels import fused, rounding
 from zimage.kernels.switch import using
 from zimage.models.precision import Float32Math
+from zimage.models.quantized import QuantizedLinear, quantize_rows
 from zimage.models.rowwise import NARROW, Quantized, rounded, scaled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,3 +167,42 @@ def test_float32_math_says_that_rows_were_float32(noise: Callable[..., Tensor], 
         made = rounding.scale_product(product, scale, noise(8, 1), weight, torch.float32)
     assert made is not None
     assert made.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (13, 530), (40, 512)], ids=str)
+def test_weights_are_widened(
+    noise: Callable[..., Tensor], dtype: torch.dtype, kind: str, shape: tuple[int, int]
+) -> None:
+    """To the bit: the scale is rounded to the type first, as torch's product of the two has it."""
+    weight, scale = quantize_rows(noise(*shape), kind)
+    expected = weight.to(dtype).mul_(scale.to(dtype))
+    widened = rounding.widen(weight, scale, dtype)
+    assert widened is not None
+    assert widened.dtype == dtype
+    assert torch.equal(widened, expected)
+
+
+def test_weights_that_are_not_widened_here(noise: Callable[..., Tensor]) -> None:
+    weight, scale = quantize_rows(noise(8, 32), "int8")
+    for other in ((weight[:, ::2], scale), (weight[:4], scale), (weight, scale.half()), (weight.float(), scale),
+                  (weight[:0], scale[:0]), (weight[0], scale)):  # fmt: skip
+        assert rounding.widen(*other, torch.float32) is None
+    assert rounding.widen(weight, scale, torch.float64) is None
+
+
+def test_a_layer_widens_its_weights_with_it(noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    widen = rounding.widen
+    monkeypatch.setattr(rounding, "widen", lambda *given: (made.append("widen"), widen(*given))[1])
+    layer = QuantizedLinear(nn.Linear(32, 8, bias=False), "int8")
+    stored = quantize_rows(noise(8, 32), "int8")
+    layer.weight, layer.scale = (nn.Parameter(one, requires_grad=False) for one in stored)
+    hidden = noise(2, 3, 32)
+    with using("off"):
+        expected = layer(hidden)
+    assert made == []
+    with using("on"):
+        assert torch.equal(layer(hidden), expected)
+    assert made == ["widen"]

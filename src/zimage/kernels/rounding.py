@@ -1,4 +1,4 @@
-"""Kernels on both sides of products of 8-bit numbers: rows are rounded before, and products scaled after.
+"""Kernels around products of 8-bit numbers: rows are rounded before, products scaled after, or weights widened for one.
 
 Launched as those of `fused` are, and with its rules: `None` where a kernel was not written for what is given. Rows that
 a norm or a gate makes are rounded by its own kernel. Imported at the first use; importing it needs Triton.
@@ -49,5 +49,26 @@ def scale_product(
     fused._launch(
         rows.scale_rows, (-(-tokens // SCALED_ROWS), -(-width // SCALED_COLUMNS)), product, row_scale, column_scale,
         bias, result, tokens, width=width, rows=SCALED_ROWS, columns=SCALED_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return result
+
+
+@fused._overridable
+def widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Weights (out, in) in int8 or float8 times their `scale` (out, 1), in `dtype`: a pass over both, where torch has
+    two over the wide ones."""
+    if weight.ndim != 2 or not weight.numel() or weight.dtype not in (torch.int8, torch.float8_e4m3fn):
+        return None
+    if dtype not in fused.TYPES or not fused._converts(weight, weight.dtype):
+        return None
+    outputs, width = weight.shape
+    if scale.shape != (outputs, 1) or scale.dtype != torch.float32 or scale.device != weight.device:
+        return None
+    if not (weight.is_contiguous() and scale.is_contiguous()) or -(-width // SCALED_COLUMNS) > fused.MOST_BATCHES:
+        return None
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    fused._launch(
+        rows.widen_rows, (-(-outputs // SCALED_ROWS), -(-width // SCALED_COLUMNS)), weight, scale, result, outputs,
+        width=width, rows=SCALED_ROWS, columns=SCALED_COLUMNS, num_warps=8,
     )  # fmt: skip
     return result

@@ -302,3 +302,17 @@ def scale_rows(
     if bias is not None:
         wide += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     tl.store(result + place, wide.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def widen_rows(weight, scales, result, outputs, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """A tile of weights (outputs, width) in 8 bits times the scales of their rows, which are rounded to the type of
+    `result` before; grid (outputs / rows, width / columns)."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    is_row, is_column = row < outputs, column < width
+    place, inside = row[:, None] * width + column[None, :], is_row[:, None] & is_column[None, :]
+    dtype: tl.constexpr = result.dtype.element_ty
+    scale = tl.load(scales + row, mask=is_row, other=0.0).to(dtype).to(tl.float32)
+    wide = tl.load(weight + place, mask=inside).to(tl.float32) * scale[:, None]
+    tl.store(result + place, wide.to(dtype), mask=inside)

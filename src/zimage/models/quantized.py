@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from ..kernels.switch import run, wanted
 from ..memory.sizes import NF4_BLOCK
 from . import ggml
 from .rowwise import MOST, NARROW, Rows, has_product, multiplied, rounded
@@ -121,6 +122,11 @@ class QuantizedLinear(StoredLinear):
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) in `dtype`."""
         if self.kind != "nf4":
+            fused: Tensor | None = None
+            if wanted(self.weight):
+                fused = run("rounding.widen", self.weight, self.scale, dtype)
+            if fused is not None:
+                return fused
             return self.weight.to(dtype).mul_(self.scale.to(dtype))
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=self.weight.device)
         rows = max(1, NF4_PIECE // self.in_features)
