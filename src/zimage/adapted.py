@@ -89,8 +89,8 @@ class Adapted(Placed):
         )
         called = adapter_name(PurePath(place.name).stem[:64].strip() if name is None else name)
         remembered = place.name if place.hub else runtime.portable_path(place.file)
+        adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
         with self._turn:
-            adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
             try:
                 self._attachments.attach(called, adapter)
                 self._make_room(called)
