@@ -15,7 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from zimage import VARIANTS, GenerationRequest, read_recipe
 
@@ -43,7 +45,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def environment(turbo_folder: Path, base_folder: Path, tmp_path: Path) -> dict[str, str]:
-    """Of a user whose cache holds both models, and whose shell finds `zimage`."""
+    """Of a user whose cache holds both models, with a LoRA for them, and whose shell finds `zimage`."""
     for variant, folder in ((VARIANTS["turbo"], turbo_folder), (VARIANTS["base"], base_folder)):
         repository = tmp_path / "cache" / f"models--{variant.hub_id.replace('/', '--')}"
         shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
@@ -52,6 +54,9 @@ def environment(turbo_folder: Path, base_folder: Path, tmp_path: Path) -> dict[s
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SMALLER)
     (tmp_path / "here").mkdir()
+    halves = {"lora_A": torch.full((4, 64), 0.1), "lora_B": torch.full((64, 4), 0.1)}
+    ink = {f"diffusion_model.layers.0.attention.to_v.{half}.weight": tensor for half, tensor in halves.items()}
+    save_file(ink, tmp_path / "here" / "ink.safetensors")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ZIMAGE_", "COV"))}
     return {
         **inherited,
@@ -89,6 +94,10 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
         assert sheet.width == 3 * sheet.height  # six by two squares, smaller ones here
     assert [read_recipe(here / f"picture-{k}.png").request.seed for k in range(4)] == [10, 11, 12, 13]
     assert (here / "model" / "model_index.json").is_file()
+    ink, both, plain = (read_recipe(here / f"{name}.png") for name in ("ink", "both", "plain"))
+    assert len({ink.pixels, both.pixels, plain.pixels}) == 3
+    assert both.request.adapters == (("ink", 0.3), ("wash", 0.5))
+    assert (here / "ink-comfyui.safetensors").is_file()
 
 
 def test_shell_blocks_run(environment: dict[str, str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from .adapters.adapter import AdapterReport
 from .adapters.attaching import Attachments, Picked, layers_of
 from .adapters.loading import load
 from .adapters.source import locate_adapter
+from .adapters.writing import save_adapter
 from .errors import AdapterError, NotEnoughMemory, RequestError, ZImageWarning
 from .files.recipe import Recipe
 from .memory.ladder import is_out_of_memory
@@ -88,8 +89,8 @@ class Adapted(Placed):
         )
         called = adapter_name(PurePath(place.name).stem[:64].strip() if name is None else name)
         remembered = place.name if place.hub else runtime.portable_path(place.file)
+        adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
         with self._turn:
-            adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
             try:
                 self._attachments.attach(called, adapter)
                 self._make_room(called)
@@ -126,6 +127,19 @@ class Adapted(Placed):
                 self._attachments.detach(name)
                 del self._strengths[name]
             self._account()
+
+    def save_adapter(
+        self, target: str | os.PathLike[str], name: str, *, naming: str = "peft", overwrite: bool = False
+    ) -> Path:
+        """Write a loaded adapter to a .safetensors file, or into a folder that exists; returns the file.
+
+        `naming` is "peft", as diffusers writes and reads it, or "comfyui". Written whole or not at all; a file that
+        exists is an error without `overwrite`.
+        """
+        with self._turn:
+            self._attachments.require([name])
+            adapter = self._attachments[name]
+        return save_adapter(adapter, target, name=name, naming=naming, overwrite=overwrite)
 
     def load_lora_weights(
         self,

@@ -76,6 +76,7 @@ def test_the_resolved_request_says_which_act(two: ZImagePipeline, small_picture:
     assert two.resolve(asked(small_picture, {})).adapters == ()
     resolved = two.resolve(asked(small_picture, {"wash": 2, "ink": 0}))
     assert resolved.adapters == (("wash", 2.0),)
+    assert two.resolve(asked(small_picture, {"wash": 2, "ink": 1})).adapters == (("ink", 1.0), ("wash", 2.0))
     two.set_adapters([])
     assert two.resolve(resolved).adapters == (("wash", 2.0),)
     nothing = two.resolve(asked(small_picture, {}))

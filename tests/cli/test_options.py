@@ -20,6 +20,7 @@ from zimage.cli.options import (
     choose_model,
     known_variant,
     read_images,
+    read_loras,
     read_normalization,
     read_padding,
     read_prompt,
@@ -92,6 +93,30 @@ def test_normalization(text: str | None, expected: float | bool | None) -> None:
 def test_normalization_that_is_none() -> None:
     with pytest.raises(RequestError, match="true, false or a number, got 'yes'"):
         read_normalization("yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ink.safetensors", ("ink.safetensors", None, None)),
+        ("ink.safetensors:0.8", ("ink.safetensors", None, 0.8)),
+        ("ink.safetensors:-1", ("ink.safetensors", None, -1.0)),
+        ("wash=a folder/ink.safetensors:.5", ("a folder/ink.safetensors", "wash", 0.5)),
+        (r"C:\loras\ink.safetensors", (r"C:\loras\ink.safetensors", None, None)),
+        ("owner/name:2", ("owner/name", None, 2.0)),
+        ("a:b", ("a:b", None, None)),
+    ],
+)
+def test_loras(text: str, expected: tuple[str, str | None, float | None]) -> None:
+    (lora,) = read_loras([text])
+    assert (lora.source, lora.name, lora.strength) == expected
+    assert read_loras(None) == []
+
+
+@pytest.mark.parametrize("text", ["", "a\nb"])
+def test_loras_that_are_none(text: str) -> None:
+    with pytest.raises(RequestError, match=r"--lora must be \[NAME=\]SOURCE\[:STRENGTH\]"):
+        read_loras([text])
 
 
 def piped(data: bytes, tty: bool = False) -> Any:

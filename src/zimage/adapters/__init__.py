@@ -2,5 +2,5 @@
 
 `naming` and `origin` say what a file's keys and metadata mean, `source` finds and reads it, `adapter` makes layers of
 it, and `loading` does all of that; `layers` computes with them, `attaching` puts them on a transformer and takes them
-off.
+off, `writing` saves them.
 """

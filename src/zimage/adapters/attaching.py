@@ -5,7 +5,7 @@ For one thread at a time; whoever holds the transformer orders the threads. Know
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class Attached:
 
 
 Picked = tuple[tuple[Attached, float], ...]
-"""Adapters and strengths that a picture is made with, in the order of their names."""
+"""Adapters and strengths that a picture is made with, in the order in which they are added."""
 
 
 def layers_of(transformer: ZImageTransformer) -> dict[str, Shape]:
@@ -105,12 +105,12 @@ class Attachments:
             for module, part in self._parts[name].items():
                 put_on(self._layer(module), name, part, self._switch)
 
-    def pick(self, strengths: Mapping[str, float] | Sequence[tuple[str, float]]) -> Picked:
+    def pick(self, strengths: Sequence[tuple[str, float]]) -> Picked:
         """The adapters that a picture with these strengths is made with; `AdapterError` for an unknown name."""
-        self.require(dict(strengths))
-        return tuple((self._attached[name], strength) for name, strength in sorted(dict(strengths).items()) if strength)
+        self.require([name for name, _ in strengths])
+        return tuple((self._attached[name], strength) for name, strength in strengths)
 
-    def require(self, names: Mapping[str, float] | Sequence[str]) -> None:
+    def require(self, names: Sequence[str]) -> None:
         """Raises `AdapterError` for a name that nothing is attached by."""
         unknown = [name for name in names if name not in self._attached]
         if unknown:

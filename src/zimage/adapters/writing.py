@@ -1,0 +1,59 @@
+"""Saves an adapter as a safetensors file, with the names of diffusers and PEFT or of ComfyUI; whole or not at all.
+
+Values are those that were read, in their own type. Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import RequestError
+from ..files.atomic import write_atomically
+from .adapter import Adapter
+from .naming import published
+from .source import NAMES
+
+_HALVES = {"peft": ("lora_A", "lora_B"), "comfyui": ("lora_down", "lora_up")}
+
+
+def save_adapter(
+    adapter: Adapter, target: str | os.PathLike[str], *, name: str, naming: str = "peft", overwrite: bool = False
+) -> Path:
+    """Write `adapter` to the file `target`, or into the folder `target`; returns the file.
+
+    In a folder it has the name that diffusers looks for, for ComfyUI that of the adapter. Raises `RequestError` for
+    another `naming`, and `FileError` where the file cannot be written or exists.
+    """
+    if naming not in _HALVES:
+        raise RequestError(f"naming must be {' or '.join(map(repr, _HALVES))}, got {naming!r}")
+    path = Path(target).expanduser()
+    if path.is_dir():
+        path = path / (NAMES[0] if naming == "peft" else f"{name}.safetensors")
+    if path.suffix != ".safetensors":
+        raise RequestError(f"an adapter is saved as a .safetensors file or into a folder that exists, got {path}")
+    content = save(_tensors(adapter, naming), {"format": "pt"})
+    write_atomically(path, lambda file: file.write(content), overwrite=overwrite)
+    return path
+
+
+def _tensors(adapter: Adapter, naming: str) -> dict[str, Tensor]:
+    """`scale` is written as alpha, which all readers divide by the rank, and only where it is not 1."""
+    tensors = {}
+    for module, delta in adapter.deltas.items():
+        stem = f"transformer.{module}" if naming == "peft" else f"diffusion_model.{published(module)}"
+        down, up = _HALVES[naming]
+        tensors[f"{stem}.{down}.weight"] = delta.down.clone()
+        tensors[f"{stem}.{up}.weight"] = delta.up.contiguous().clone()
+        if delta.scale != 1.0:
+            tensors[f"{stem}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float64)
+        if delta.magnitude is not None:
+            if naming == "peft":
+                tensors[f"{stem}.lora_magnitude_vector"] = delta.magnitude.clone()
+            else:
+                tensors[f"{stem}.dora_scale"] = delta.magnitude[:, None].clone()
+    return tensors
