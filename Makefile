@@ -38,12 +38,7 @@ gpu: $(STAMP)
 	$(BIN)/python benchmarks/memory.py --output benchmarks/results
 	$(BIN)/python benchmarks/throughput.py --model small --device cuda --size 1024 --save --output benchmarks/results
 	$(BIN)/python benchmarks/against_diffusers.py --device cuda --output benchmarks/results
-	for side in 1024 512 256; do \
-		$(BIN)/zimage bench --size real --device cuda --height $$side --width $$side --output benchmarks/results || exit 1; \
-	done
-	$(BIN)/zimage bench --size real --device cuda --compile --output benchmarks/results
-	$(BIN)/zimage bench --size real --device cuda --height 256 --width 256 --compile --cuda-graphs --output benchmarks/results
-	$(BIN)/zimage bench --size real --variant base --steps 4 --device cuda --output benchmarks/results
+	$(BIN)/python benchmarks/card.py --output benchmarks/results
 
 clean:
 	rm -rf $(VENV) demo-output build dist .coverage* .mypy_cache .pytest_cache .ruff_cache
