@@ -42,6 +42,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def load(folder: Path) -> ZImagePipeline:
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
     pipe.set_progress_bar_config(disable=True)

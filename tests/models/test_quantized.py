@@ -157,9 +157,9 @@ def expected(folder: Path) -> Tensor:
     return latents(load(folder))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("float8", 0.1), ("nf4", 0.35)])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("float8", 0.07), ("nf4", 0.25)])
 def test_pictures_are_near_the_plain_ones(folder: Path, expected: Tensor, kind: str, most: float) -> None:
-    """On random weights, which have no room to spare; the float32 values of bfloat16 weights are 0.01 away."""
+    """On random weights, which have no room to spare; the float32 values of bfloat16 weights are 0.003 away."""
     pipe = load(folder, weight_dtype=kind)
     made = latents(pipe)
     distance = (made - expected).norm() / expected.norm()
@@ -230,7 +230,7 @@ def test_float32_files_are_not_rounded_to_bfloat16_unasked(folder: Path, expecte
     assert torch.equal(latents(pipe), expected)
     asked = load(folder, weight_dtype="bfloat16")
     assert asked.weights == "bfloat16"
-    assert 1e-4 < (latents(asked) - expected).norm() / expected.norm() < 0.02
+    assert 1e-4 < (latents(asked) - expected).norm() / expected.norm() < 0.013
 
 
 def test_the_plan_takes_int8_where_it_must_and_says_so(folder: Path) -> None:
