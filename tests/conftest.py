@@ -6,12 +6,14 @@ own from `turbo_folder` or `base_folder`.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,25 @@ if not torch.cuda.is_available():
 
 from zimage import ZImagePipeline
 from zimage.testing import build_checkpoint
+from zimage.testing.configs import SIZES
 
 CountForwards = Callable[[ZImagePipeline], AbstractContextManager[Counter[str]]]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take long begin first, so that one of two workers does not end with them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of torch, diffusers and the tests stay: who looks for garbage need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def load(folder: Path) -> ZImagePipeline:
@@ -41,6 +60,20 @@ def turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", variant="base")
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A turbo with the wide layers of `small`, but few of them and the image decoder of `tiny`: layers worth moving away
+    and storing in fewer bits, in a picture that takes a moment."""
+    tiny = SIZES["tiny"]
+    shallow = replace(
+        SIZES["small"], n_layers=4, n_refiner_layers=1, text_layers=4, vae_channels=tiny.vae_channels,
+        vae_layers=tiny.vae_layers, vae_groups=tiny.vae_groups,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "small", shallow)
+        return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "shallow", size="small")
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +128,12 @@ def count_forwards() -> CountForwards:
     return counting
 
 
+def uncounted() -> dict[str, str]:
+    """The environment of a process whose lines are not counted, which would slow its imports: what it runs of the
+    library is covered elsewhere."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs code in a new Python process that treats warnings as errors, and returns what it printed."""
@@ -102,7 +141,7 @@ def run_python() -> Callable[..., str]:
     def run(code: str, *arguments: object) -> str:
         process = subprocess.run(
             [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            env={**uncounted(), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=120,

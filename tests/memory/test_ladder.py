@@ -53,11 +53,6 @@ def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage.memory.ladder.gc.collect", lambda: 0)
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_checkpoint(tmp_path_factory.mktemp("small") / "model", size="small")
-
-
 def load(folder: Path, dtype: str = "float32", **options: Any) -> ZImagePipeline:
     return ZImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype, **options)
 
@@ -88,6 +83,24 @@ def device(pipe: ZImagePipeline, capacity: int | None = None, fail_at: int | Non
     return meter
 
 
+class OncePerUnit(AllocationMeter):
+    """Fails at allocation `number` of everything that is tried by itself, a prompt, a step or a decode, and not when
+    that is tried again; `units` are their allocations, those of both tries."""
+
+    def __init__(self, number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(device="cpu")
+        self.units: list[int] = []
+
+        def trying(*given: Any, **named: Any) -> Any:
+            self.allocations, self.fail_at = 0, number
+            made = with_less(*given, **named)
+            self.units.append(self.allocations)
+            self.fail_at = None
+            return made
+
+        monkeypatch.setattr("zimage.placed.with_less", trying)
+
+
 class UntilLess(AllocationMeter):
     """Fails at the allocation `begin` and at every one after it, until layers are moved away."""
 
@@ -109,18 +122,23 @@ class UntilLess(AllocationMeter):
 
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("_no_collection")
-def test_a_passing_failure_at_any_allocation_changes_nothing(least_folder: Path) -> None:
+def test_a_passing_failure_at_any_allocation_changes_nothing(
+    least_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every one of encoding, denoising with guidance and decoding: memory that came back is not done without."""
     pipe = load(least_folder)
     options = {**TINY, "guidance_scale": 2.0}
     expected = draw(pipe, **options).images[0].tobytes()
-    with device(pipe) as meter:
+    with device(pipe) as whole:
         draw(pipe, **options)
-    assert meter.allocations > 300
-    for number in range(1, meter.allocations + 1):
-        with device(pipe, fail_at=number) as failing:
+    with OncePerUnit(None, monkeypatch) as meter:
+        draw(pipe, **options)
+    assert sum(meter.units) == whole.allocations > 300, "each is of a unit"
+    for number in range(1, max(meter.units) + 1):
+        with OncePerUnit(number, monkeypatch) as failing:
             output = draw(pipe, **options)
-        assert failing.allocations > meter.allocations, f"allocation {number} did not fail"
+        for made, usual in zip(failing.units, meter.units, strict=True):
+            assert (made > usual) == (usual >= number), f"allocation {number} of {meter.units}"
         assert output.images[0].tobytes() == expected, f"allocation {number}"
         assert output.stepped_down == ()
 
@@ -143,9 +161,9 @@ def test_memory_that_is_gone_at_any_allocation_is_done_without(folder: Path, mon
     assert stages == {"prompt", "denoising", "decoding"}
 
 
-def test_a_device_that_is_too_small_is_made_do_with(small_folder: Path) -> None:
+def test_a_device_that_is_too_small_is_made_do_with(shallow_folder: Path) -> None:
     """By evicting the text encoder: the same bits, the rung is kept, and output and plan say so."""
-    pipe = load(small_folder)
+    pipe = load(shallow_folder)
     expected = pixels(pipe, **LARGE)
     with device(pipe) as roomy:
         pixels(pipe, **LARGE)
@@ -167,8 +185,8 @@ def test_a_device_that_is_too_small_is_made_do_with(small_folder: Path) -> None:
     assert all(parameter.is_meta for parameter in pipe.text_encoder.model.layers.parameters())
 
 
-def test_a_decode_that_does_not_fit_is_done_in_strips(small_folder: Path) -> None:
-    pipe = load(small_folder)
+def test_a_decode_that_does_not_fit_is_done_in_strips(shallow_folder: Path) -> None:
+    pipe = load(shallow_folder)
     pipe.enable_sequential_cpu_offload()  # all else that helps is done already
     expected = pixels(pipe, **WIDER)
     latents = draw(pipe, **WIDER, output_type="latent").images
@@ -237,8 +255,8 @@ def test_loading_steps_down_too(folder: Path) -> None:
         load(folder)
 
 
-def test_a_stream_steps_down_too(small_folder: Path) -> None:
-    pipe = load(small_folder)
+def test_a_stream_steps_down_too(shallow_folder: Path) -> None:
+    pipe = load(shallow_folder)
     expected = pixels(pipe, **LARGE)
     with device(pipe) as roomy:
         pixels(pipe, **LARGE)

@@ -19,8 +19,10 @@ from zimage.models.quantized import NF4_LEVELS, SKIPPED, QuantizedLinear, quanti
 from zimage.testing import build_checkpoint
 
 KINDS = ("int8", "float8", "nf4")
-PICTURE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 3, "seed": 4, "progress": False}
-SMALL: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 2, "any_size": True}
+PICTURE: dict[str, Any] = {
+    "height": 128, "width": 128, "any_size": True, "num_inference_steps": 3, "seed": 4, "progress": False,
+}  # fmt: skip
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 """Of pictures of which the bits are compared."""
 
 
@@ -138,8 +140,8 @@ def test_what_keeps_its_type() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_checkpoint(tmp_path_factory.mktemp("small") / "model", size="small")
+def folder(shallow_folder: Path) -> Path:
+    return shallow_folder
 
 
 def load(folder: Path, dtype: str = "float32", **options: Any) -> ZImagePipeline:
@@ -155,9 +157,9 @@ def expected(folder: Path) -> Tensor:
     return latents(load(folder))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("float8", 0.1), ("nf4", 0.35)])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("float8", 0.07), ("nf4", 0.25)])
 def test_pictures_are_near_the_plain_ones(folder: Path, expected: Tensor, kind: str, most: float) -> None:
-    """On random weights, which have no room to spare; the float32 values of bfloat16 weights are 0.01 away."""
+    """On random weights, which have no room to spare; the float32 values of bfloat16 weights are 0.003 away."""
     pipe = load(folder, weight_dtype=kind)
     made = latents(pipe)
     distance = (made - expected).norm() / expected.norm()
@@ -173,7 +175,7 @@ def test_pictures_are_near_the_plain_ones(folder: Path, expected: Tensor, kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None:
     plain, pipe = load(folder), load(folder, weight_dtype=kind)
-    for name in ("layers.3.feed_forward.w2", "context_refiner.0.attention.to_q"):
+    for name in ("layers.2.feed_forward.w2", "context_refiner.0.attention.to_q"):
         stored = quantize_rows(plain.transformer.get_submodule(name).weight, kind)
         layer = pipe.transformer.get_submodule(name)
         assert torch.equal(layer.weight.view(torch.uint8), stored[0].view(torch.uint8))
@@ -186,7 +188,7 @@ def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str
     made = latents(pipe, **SMALL)
     assert pipe.plan is not None
     placement = replace(
-        pipe.plan.placement, text_encoder="streamed", resident_blocks=4, context_resident=False, slots=2,
+        pipe.plan.placement, text_encoder="streamed", resident_blocks=2, context_resident=False, slots=2,
         text_source=source, block_source=source,
     )  # fmt: skip
     streamed = load(folder, memory=replace(pipe.plan, placement=placement))
@@ -228,7 +230,7 @@ def test_float32_files_are_not_rounded_to_bfloat16_unasked(folder: Path, expecte
     assert torch.equal(latents(pipe), expected)
     asked = load(folder, weight_dtype="bfloat16")
     assert asked.weights == "bfloat16"
-    assert 1e-4 < (latents(asked) - expected).norm() / expected.norm() < 0.02
+    assert 1e-4 < (latents(asked) - expected).norm() / expected.norm() < 0.013
 
 
 def test_the_plan_takes_int8_where_it_must_and_says_so(folder: Path) -> None:
