@@ -64,8 +64,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A turbo with the wide layers of `small`, but few of them and the image decoder of `tiny`: layers worth moving away
-    and storing in fewer bits, in a picture that takes a moment."""
+    """A turbo with the wide layers of `small`, but few of them and the image decoder of `tiny`: layers that are worth
+    moving away and storing in fewer bits, in a picture that takes a moment."""
     tiny = SIZES["tiny"]
     shallow = replace(
         SIZES["small"], n_layers=4, n_refiner_layers=1, text_layers=4, vae_channels=tiny.vae_channels,

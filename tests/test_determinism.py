@@ -194,6 +194,7 @@ def impatient_threads() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
+@pytest.mark.long
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("impatient_threads")
 def test_eight_threads_and_4000_calls_each_get_their_own_image(least: ZImagePipeline) -> None:

@@ -74,6 +74,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.long
 def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: Path) -> None:
     here, files = tmp_path / "here", []
     for document in DOCUMENTS:
@@ -100,6 +101,7 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
     assert (here / "ink-comfyui.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_shell_blocks_run(environment: dict[str, str], tmp_path: Path) -> None:
     here = tmp_path / "here"
     script = "".join(block for document in DOCUMENTS for block in blocks(document, "sh"))

@@ -64,6 +64,7 @@ def test_guidance_makes_pictures_follow_their_captions(demo: Any) -> None:
     assert right(demo, "pair", "en", RECIPE) >= without + 0.1
 
 
+@pytest.mark.long
 def test_a_negative_prompt_keeps_its_colour_away_and_nothing_else(demo: Any) -> None:
     captions = evaluation_captions("open", 96, 0)
 

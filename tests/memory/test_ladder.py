@@ -120,6 +120,7 @@ class UntilLess(AllocationMeter):
             raise torch.OutOfMemoryError(f"at {self.allocations}")
 
 
+@pytest.mark.long
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("_no_collection")
 def test_a_passing_failure_at_any_allocation_changes_nothing(
@@ -143,6 +144,7 @@ def test_a_passing_failure_at_any_allocation_changes_nothing(
         assert output.stepped_down == ()
 
 
+@pytest.mark.long
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("_no_collection")
 def test_memory_that_is_gone_at_any_allocation_is_done_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,20 @@ def test_layers_that_are_moved_are_held(model: Qwen3Model) -> None:
     assert not qwen.is_plain(model)
 
 
+def test_projections_are_called(model: Qwen3Model) -> None:
+    """Whatever stands in their place, and with their hooks."""
+    seen: list[int] = []
+    model.layers[1].self_attn.v_proj.register_forward_hook(lambda *given: seen.append(1))
+    model.layers[1].mlp.up_proj = nn.Sequential(model.layers[1].mlp.up_proj)
+    expected = own(model, embedded(model))
+    assert qwen.is_plain(model)
+    with using("on"):
+        states = qwen.hidden_states(model, embedded(model))
+    assert states is not None
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    assert seen == [1, 1]
+
+
 def other_class(model: Any) -> None:
     class Other(type(model.layers[1].mlp)):  # type: ignore[misc]
         pass
@@ -154,7 +168,8 @@ def other_class(model: Any) -> None:
 
 
 CHANGES = {
-    "a hook": lambda model: model.layers[2].mlp.down_proj.register_forward_hook(lambda *given: None),
+    "a hook": lambda model: model.layers[2].mlp.act_fn.register_forward_hook(lambda *given: None),
+    "a norm's hook": lambda model: model.layers[2].self_attn.k_norm.register_forward_hook(lambda *given: None),
     "a layer's hook": lambda model: model.layers[0].register_forward_pre_hook(lambda *given: None),
     "a forward": lambda model: setattr(model.layers[0].self_attn, "forward", print),
     "a norm at the end": lambda model: setattr(model, "norm", nn.LayerNorm(48)),

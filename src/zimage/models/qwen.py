@@ -20,14 +20,6 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from ..kernels.switch import run, wanted
 from .layers import is_bare
 
-_KINDS: dict[str, type] = {
-    "self_attn": qwen3.Qwen3Attention,
-    "mlp": qwen3.Qwen3MLP,
-    "input_layernorm": qwen3.Qwen3RMSNorm,
-    "post_attention_layernorm": qwen3.Qwen3RMSNorm,
-    "self_attn.q_norm": qwen3.Qwen3RMSNorm,
-    "self_attn.k_norm": qwen3.Qwen3RMSNorm,
-}
 _SILU = type(ACT2FN["silu"])
 
 
@@ -43,14 +35,21 @@ def is_plain(model: Any) -> bool:
 
 
 def _is_plain_layer(layer: Any, mover: Any) -> bool:
+    """Whether what is not called of it is what it seems; its projections are called, whatever they are."""
     if type(layer) is not qwen3.Qwen3DecoderLayer or "forward" in vars(layer) or layer._backward_hooks:
         return False
     hooks = chain(layer._forward_pre_hooks.values(), layer._forward_hooks.values())
     if any(mover is None or getattr(hook, "__self__", None) is not mover for hook in hooks):
         return False
-    if any(type(layer.get_submodule(name)) is not kind for name, kind in _KINDS.items()):
+    attention, feed_forward = layer.self_attn, layer.mlp
+    if type(attention) is not qwen3.Qwen3Attention or type(feed_forward) is not qwen3.Qwen3MLP:
         return False
-    return type(layer.mlp.act_fn) is _SILU and all(is_bare(module) for module in layer.modules() if module is not layer)
+    if type(feed_forward.act_fn) is not _SILU:
+        return False
+    norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
+    if any(type(norm) is not qwen3.Qwen3RMSNorm for norm in norms):
+        return False
+    return all(map(is_bare, (attention, feed_forward, feed_forward.act_fn, *norms)))
 
 
 def hidden_states(model: Any, embedded: Tensor) -> Tensor | None:
