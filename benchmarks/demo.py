@@ -183,15 +183,20 @@ def of_diversity(subjects: Sequence[Subject], count: int) -> list[Row]:
     pictures that are as asked are counted.
     """
     rows = []
-    for subject in subjects:
+    for subject, diversity in of_each_diversity(subjects):
         outcomes = []
         for shape in SHAPES:
             claims = Claims(objects=(ObjectClaim(shape=shape),), background="white")
-            caption = (f"a {shape} on a white background", claims)
-            readings = subject.readings([caption] * OPEN_SEEDS)
+            text = f"a {shape} on a white background"
+            requests = [GenerationRequest(text, seed=seed, diversity=diversity) for seed in range(OPEN_SEEDS)]
+            readings = [judge.read(one.image) for one in subject.pipe.generate_many(requests, progress=False)]
             outcomes.append([outcome(reading) for reading in readings if judge.agrees(reading, claims)])
         rows.append(
-            {"model": subject.name, "as asked": percent(sum(map(len, outcomes)) / len(SHAPES) / OPEN_SEEDS)}
+            {
+                "model": subject.name,
+                "diversity": diversity,
+                "as asked": percent(sum(map(len, outcomes)) / len(SHAPES) / OPEN_SEEDS),
+            }
             | {"all": mean_entropy(outcomes)}
             | {
                 name: mean_entropy([[one[place] for one in seen] for seen in outcomes])
@@ -199,6 +204,15 @@ def of_diversity(subjects: Sequence[Subject], count: int) -> list[Row]:
             }
         )
     return rows
+
+
+def of_each_diversity(subjects: Sequence[Subject]) -> list[tuple[Subject, float]]:
+    """The base model as it is; Turbo, which needs it, with more as well."""
+    return [
+        (subject, diversity)
+        for subject in subjects
+        for diversity in ((0.0,) if subject.recipe.guidance_scale else (0.0, 0.5, 1.0, 2.0))
+    ]
 
 
 def of_steps(subjects: Sequence[Subject], count: int) -> list[Row]:

@@ -16,6 +16,7 @@ from zimage import GenerationRequest, NonFiniteError, ZImagePipeline
 from zimage.denoiser import KEPT, Conditioning, Preparation, denoising_steps, make_velocity, schedule
 from zimage.models.transformer import ZImageTransformer
 from zimage.request import ResolvedRequest
+from zimage.sampling.diversity import moved
 from zimage.sampling.guidance import guide
 from zimage.sampling.samplers import SAMPLERS, SamplerStep, sample
 from zimage.sampling.schedule import model_timesteps, shifted_sigmas
@@ -309,3 +310,28 @@ def test_a_call_with_many_prompts_holds_few_captions(base: ZImagePipeline) -> No
     assert id(features[0]) not in preparation.captions
     assert torch.equal(preparation.caption(features[0]).tokens, first)
     assert len(preparation.captions) == KEPT
+
+
+def test_without_diversity_every_bit_is_as_before(turbo: ZImagePipeline) -> None:
+    plain, none = (run(turbo, resolve(turbo, **options)) for options in ({}, {"diversity": 0}))
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(plain, none, strict=True))
+
+
+@pytest.mark.parametrize(("steps", "first"), [(4, 1), (16, 2)])
+def test_diversity_moves_the_caption_in_the_first_steps(turbo: ZImagePipeline, steps: int, first: int) -> None:
+    request = resolve(turbo, seed=5, diversity=1.5, num_inference_steps=steps)
+    velocity = make_velocity(Preparation(turbo.transformer), request, PLAIN)
+    sigmas = schedule(request).tolist()[:-1]
+    for number, sigma in enumerate(sigmas):
+        features = moved(WORDS, 5, 1.5) if number < first else WORDS
+        expected = -predict(turbo.transformer, features, float(model_timesteps(torch.tensor([sigma]))))
+        torch.testing.assert_close(velocity(LATENTS, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_steers_from_the_caption_as_it_was_moved(base: ZImagePipeline) -> None:
+    request = resolve(base, seed=5, diversity=1.0, guidance_scale=3.0)
+    sigma = schedule(request).tolist()[0]
+    time = float(model_timesteps(torch.tensor([sigma])))
+    made = make_velocity(Preparation(base.transformer), request, GUIDED)(LATENTS, sigma)
+    positive, negative = (predict(base.transformer, one, time) for one in (moved(WORDS, 5, 1.0), OTHERS))
+    torch.testing.assert_close(made, -guide(positive, negative, 3.0, 0.0), rtol=1e-4, atol=1e-5)

@@ -64,6 +64,7 @@ def test_a_picture_does_not_depend_on_other_requests_of_the_call(base: ZImagePip
             {"sampler": "heun", "cfg_normalization": True},
             {"sigmas": [0.8, 0.3], "cfg_truncation": 0.1},
             {"width": 80},
+            {"diversity": 1.0},
         )
     ]
     alone = [digests(base, request)[0] for request in requests]

@@ -86,6 +86,7 @@ def test_every_option_of_a_request_is_replayed(base: ZImagePipeline, small: dict
         "sigmas": [1.0, 0.8, 0.7, 0.1 + 0.2],
         "cache": [0, 1, 2],
         "max_sequence_length": 24,
+        "diversity": 1.5,
     }
     size = {**small, "num_inference_steps": None}
     image = base("two\nlines of text", **size, **options, seed=2**32 - 1).images[0]

@@ -207,6 +207,7 @@ def accepted(draw: st.DrawFn) -> tuple[GenerationRequest, Variant]:
         "seed": st.integers(0, MAX_SEED),
         "sampler": st.sampled_from(SAMPLERS),
         "max_sequence_length": st.integers(1, 1504),
+        "diversity": st.floats(0, 4),
     }
     steps = st.fixed_dictionaries({}, optional={"num_inference_steps": st.integers(1, 1000)})
     by_steps_or_sigmas = draw(st.one_of(steps, st.fixed_dictionaries({"sigmas": sigma_lists})))

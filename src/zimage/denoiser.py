@@ -17,6 +17,7 @@ from .memory.ladder import Attempt, once
 from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
+from .sampling.diversity import moved, moved_steps
 from .sampling.guidance import guide, is_guided
 from .sampling.known import Known, keeping
 from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity, for_step
@@ -95,12 +96,16 @@ def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioni
     levels = preparation.noise_levels(schedule(request))
     positive = preparation.caption(conditioning.positive)
     negative = None if conditioning.negative is None else preparation.caption(conditioning.negative)
+    first: dict[float, Caption] = {}
+    if request.diversity:
+        features = moved(conditioning.positive, request.seed, request.diversity)
+        first = dict.fromkeys(list(levels)[: moved_steps(len(levels))], preparation.caption(features))
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         level = levels[sigma]
         grid = preparation.grid(latents, positive)
         refined = transformer.refine(latents, grid, level.modulation)
-        prediction = transformer.denoise(latents, positive, grid, level.modulation, refined)
+        prediction = transformer.denoise(latents, first.get(sigma, positive), grid, level.modulation, refined)
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
             return -prediction.float()
         other_grid = preparation.grid(latents, negative)

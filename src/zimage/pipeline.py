@@ -108,6 +108,7 @@ class ZImagePipeline(Previewing):
         keep_steps: bool | None = None,
         padding: int | Sequence[int] | None = None,
         adapters: Mapping[str, float] | None = None,
+        diversity: float | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,

@@ -34,6 +34,8 @@ MIN_AREA, MAX_AREA = 256**2, 2048**2
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
 
+MAX_DIVERSITY = 4.0
+"""Of noise in caption features, in their standard deviations: far beyond where captions are still drawn."""
 MAX_ADAPTERS, MAX_STRENGTH = 64, 100.0
 """Adapters of a picture, and how strong one may be; sliders from one look to another are used up to about 10."""
 
@@ -231,6 +233,11 @@ def adapter_name(name: Any) -> str:
 def strength(name: str, value: Any) -> float:
     """How much of an adapter acts: 1 as it was trained, below 0 the opposite."""
     return number(name, value, -MAX_STRENGTH, MAX_STRENGTH)
+
+
+def resolve_diversity(asked: Any) -> float:
+    """How far caption features are moved in the first steps; 0 is not at all."""
+    return 0.0 if asked is None else number("diversity", asked, 0.0, MAX_DIVERSITY)
 
 
 def _or(asked: Any, default: Any) -> Any:

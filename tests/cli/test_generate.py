@@ -73,6 +73,7 @@ def test_every_option_arrives(zimage: Callable[..., Any], base: str) -> None:
     options = (
         *("--negative", "blurry", "--size", "256x288", "--num-inference-steps", "3", "--guidance-scale", "2.5"),
         *("--sampler", "heun", "--cfg-normalization", "true", "--cfg-truncation", "0.5", "--max-sequence-length", "99"),
+        *("--diversity", "0.5"),
         *("--variant", "base", "--dtype", "float32", "--device", "cpu", "-n", "2", "--seed", "7", "--json", "--quiet"),
     )
     ended = zimage("generate", "a fox", "--model", base, "-o", "a.png", *options)
@@ -97,6 +98,7 @@ def test_every_option_arrives(zimage: Callable[..., Any], base: str) -> None:
             "shift": 6.0,
             "sigmas": [],
             "max_sequence_length": 99,
+            "diversity": 0.5,
         }
         assert report["runtime"]["dtype"] == "float32"
         assert report["pixels"] == pixel_digest(Image.open(report["file"])) == read_recipe(report["file"]).pixels

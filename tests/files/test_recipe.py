@@ -50,6 +50,7 @@ def altered(part: str, **values: Any) -> str:
         {"height": 512, "width": 2048, "seed": 2**32 - 1, "max_sequence_length": 1504},
         {"height": 16, "width": 32, "any_size": True},
         {"cache": "balanced"},
+        {"diversity": 0.75},
     ],
 )
 def test_json_gives_the_same_recipe_back(asked: dict[str, Any]) -> None:
@@ -117,6 +118,7 @@ def test_json_says_what_it_is() -> None:
         "tensors",
         "cache",
         "adapters",
+        "diversity",
         *EDITING,
     }
     assert "狐狸" in make().to_json()

@@ -103,6 +103,9 @@ def generate(
     ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
     adapters: Lora = None,
+    diversity: Annotated[
+        float | None, typer.Option(help="Let pictures differ more from seed to seed; about 1 for Turbo, 0 is off.")
+    ] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
     force: Force = False,
@@ -125,6 +128,7 @@ def generate(
         cfg_normalization=read_normalization(cfg_normalization),
         cfg_truncation=cfg_truncation,
         max_sequence_length=max_sequence_length,
+        diversity=diversity,
         any_size=any_size or None,
         **read_images(image, mask_image),
         strength=strength,
