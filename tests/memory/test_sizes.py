@@ -19,6 +19,7 @@ from zimage.memory.sizes import (
     Work,
     decode_activations,
     denoise_activations,
+    encode_activations,
     text_activations,
 )
 from zimage.models.autoencoder import Autoencoder
@@ -100,3 +101,21 @@ def test_a_decode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> N
     latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta", dtype=model.dtype)
     seen = peak(lambda: Autoencoder(model)._pixels(latents, strip_levels))
     assert decode_activations(sizes_of_blanks(blanks(size)), work, strip_levels) == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize("strip_levels", [0, 1, 2])
+@pytest.mark.parametrize(("size", "work"), WORKS)
+def test_an_encode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> None:
+    """It never needs more than a decode, so a picture that fits can also start from an image."""
+    model, sizes = blanks(size)["vae"].module, sizes_of_blanks(blanks(size))
+    cast(model, dtype=DTYPES[work.dtype])
+    shape = 1, 3, work.height, work.width
+
+    def encode() -> None:
+        image = torch.empty(shape, device="meta")
+        wide = (image * 2.0 - 1.0).to(model.dtype)
+        Autoencoder(model)._moments(wide, strip_levels)
+
+    seen = peak(encode)
+    assert encode_activations(sizes, work, strip_levels) == pytest.approx(seen, rel=0.1)
+    assert seen < decode_activations(sizes, work, strip_levels)

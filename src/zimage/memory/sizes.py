@@ -162,6 +162,26 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
     return max(whole, source + strip)
 
 
+def encode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:
+    """Bytes beside the weights while an image is encoded, its first `strip_levels` resolutions in strips.
+
+    As of a decode, whose levels are the same in the other direction, but that a level has its own channels from its
+    first residual on; and the image itself, in float32 and as the encoder reads it.
+    """
+    pixels, own = work.height * work.width, sizes.vae_channels[strip_levels]
+    image = 3 * (4 + work.itemsize) * pixels
+    before = sizes.vae_channels[max(0, strip_levels - 1)]
+    whole = (before + 3 * own) * pixels // 4**strip_levels * work.itemsize
+    if not strip_levels:
+        return image + whole
+    first = sizes.vae_channels[0]
+    rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals - 1, strip_levels))
+    wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, first)
+    strip = max(5 * first * work.itemsize, 3 * first * work.itemsize + wide) * rows * work.width
+    result = before * pixels // 4**strip_levels * work.itemsize
+    return image + max(whole, result + strip)
+
+
 def overlap(residuals: int, levels: int) -> int:
     """Rows of the coarsest whole level by which strips of the `levels` after it must overlap: how far the convolutions
     reach, that of each upsampler, two of each residual and the last."""
