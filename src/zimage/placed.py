@@ -217,29 +217,28 @@ class Placed:
     def _fit(self, request: ResolvedRequest) -> None:
         """Raises `NotEnoughMemory` if a picture does not fit in the amount that the model was loaded with."""
         if self._plan is not None:
-            require_fit(self._plan, request.height, request.width, request.max_sequence_length)
+            require_fit(self._plan, *_picture(request))
 
     def _strip_levels(self, request: ResolvedRequest) -> int:
-        """How many of the decoder's levels a picture needs in strips."""
+        """How many of the autoencoder's levels a picture needs in strips."""
         if self._plan is None:
             return self._least_strips
-        fitted, _ = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
+        fitted, _ = fit_picture(self._plan, *_picture(request))
         return max(self._least_strips, fitted.placement.strip_levels)
 
     def _fits_beside(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
         """Whether the plan has room for a stage of one picture beside the steps of another; no plan, no."""
-        sizes = [(one.height, one.width, one.max_sequence_length) for one in (request, current)]
-        return self._plan is not None and fits_beside(self._plan, stage, *sizes)
+        return self._plan is not None and fits_beside(self._plan, stage, _picture(request), _picture(current))
 
     def _attempt(self, stage: str, request: ResolvedRequest, let_go: Callable[[], None] | None = None) -> Attempt:
-        """Computes a stage ("prompt", "denoising", "decoding") of a picture; where memory runs out, again with less,
-        after `let_go`."""
+        """Computes a stage ("prompt", "image", "denoising", "decoding") of a picture; where memory runs out, again with
+        less, after `let_go`."""
         return partial(with_less, step_down=partial(self._step_down, stage, request), let_go=let_go)
 
     def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
         """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""
         plan = self._planned()
-        fitted, _ = fit_picture(plan, request.height, request.width, request.max_sequence_length)
+        fitted, _ = fit_picture(plan, *_picture(request))
         lowered = lower(fitted, stage, has_files=self._residency.read is not None)
         kept, _ = fit_picture(
             replace(plan, placement=lowered.placement, budget=lowered.budget),
@@ -319,6 +318,11 @@ class Placed:
         device = self.device.type
         with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
             yield
+
+
+def _picture(request: ResolvedRequest) -> tuple[int, int, int, bool]:
+    """What a plan needs to know of a picture."""
+    return request.height, request.width, request.max_sequence_length, request.image is not None
 
 
 def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:

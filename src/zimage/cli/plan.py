@@ -50,7 +50,7 @@ def plan(
     sizes = _sizes(model, transformer)
     sides = read_size(size or str(sizes.native_side), None, None)
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
-    work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
+    work = Work(height=sides["height"], width=sides["width"], tokens=_tokens(tokens), dtype=_dtype(dtype))
     found = make_plan(
         sizes, work, _budget(memory, host_memory, device), text_encoder=text_encoder, weights=weight_dtype
     )

@@ -101,12 +101,13 @@ RELEASED = ModelSizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a plan is for: pixels of the picture, tokens of its prompt, and the precision."""
+    """What a plan is for: pixels of the picture, tokens of its prompt, precision, and whether it is from an image."""
 
     height: int = 1024
     width: int = 1024
     tokens: int = 512
     dtype: str = "bfloat16"
+    from_image: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -165,20 +166,20 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
 def encode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:
     """Bytes beside the weights while an image is encoded, its first `strip_levels` resolutions in strips.
 
-    As of a decode, whose levels are the same in the other direction, but that a level has its own channels from its
-    first residual on; and the image itself, in float32 and as the encoder reads it.
+    The peak of a level is its second residual: the input and three tensors of its own, all with the level's channels;
+    in strips a quarter of one besides, or in a norm some channels in float32. And the image itself is there, in float32
+    and as the encoder reads it.
     """
     pixels, own = work.height * work.width, sizes.vae_channels[strip_levels]
     image = 3 * (4 + work.itemsize) * pixels
-    before = sizes.vae_channels[max(0, strip_levels - 1)]
-    whole = (before + 3 * own) * pixels // 4**strip_levels * work.itemsize
+    whole = 4 * own * pixels // 4**strip_levels * work.itemsize
     if not strip_levels:
         return image + whole
     first = sizes.vae_channels[0]
     rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals - 1, strip_levels))
     wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, first)
-    strip = max(5 * first * work.itemsize, 3 * first * work.itemsize + wide) * rows * work.width
-    result = before * pixels // 4**strip_levels * work.itemsize
+    strip = max(17 * first * work.itemsize // 4, 3 * first * work.itemsize + wide) * rows * work.width
+    result = sizes.vae_channels[strip_levels - 1] * pixels // 4**strip_levels * work.itemsize
     return image + max(whole, result + strip)
 
 
