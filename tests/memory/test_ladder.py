@@ -17,6 +17,7 @@ from zimage.memory.ladder import is_out_of_memory, once, with_less
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.plan import Plan
 from zimage.memory.residency import Residency
+from zimage.models.autoencoder import Autoencoder
 from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
 
@@ -376,3 +377,26 @@ def test_what_is_let_go_of_comes_before_any_rung() -> None:
 
     assert with_less(compute, lambda reason: done.append("stepped down"), lambda: done.append("let go")) == "made"
     assert done == ["computed", "let go", "computed", "let go", "stepped down", "computed"]
+
+
+def test_an_image_that_cannot_be_encoded_whole_is_encoded_in_strips(
+    small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told as a stage of its own, and the decode that follows is in strips as well."""
+    pipe, encode, tried = load(small_folder), Autoencoder.encode, list[int]()
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    asked = {"seed": 4, "image": image, "num_inference_steps": 2, "strength": 0.5, "output_type": "latent"}
+    whole = draw(pipe, **asked).images
+
+    def fails(self: Autoencoder, pixels: torch.Tensor, noise: torch.Tensor, strip_levels: int = 0) -> torch.Tensor:
+        tried.append(strip_levels)
+        if not strip_levels:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(self, pixels, noise, strip_levels)
+
+    monkeypatch.setattr(Autoencoder, "encode", fails)
+    output = draw(pipe, **asked)
+    assert output.stepped_down[0].startswith("image ran out of memory at 256x256 (no memory); since then: ")
+    assert tried[:2] == [0, 0]
+    assert tried[-1] in (1, 2)
+    assert (output.images - whole).abs().max() < 1e-3 * whole.abs().max()

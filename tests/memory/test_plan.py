@@ -23,7 +23,14 @@ from zimage.memory.plan import (
     parse_memory,
 )
 from zimage.memory.planner import fit_picture, fits_beside, lower, make_plan, plan_model, require_fit
-from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
+from zimage.memory.sizes import (
+    RELEASED,
+    Work,
+    decode_activations,
+    denoise_activations,
+    encode_activations,
+    text_activations,
+)
 
 GIB = 2**30
 ROOMY = 64 * GIB
@@ -394,3 +401,18 @@ def test_a_text_encoder_that_passes_through_is_never_beside_steps() -> None:
     full = replace(elsewhere, budget=replace(elsewhere.budget, device=elsewhere.device_peak))
     assert fits_beside(full, "prompt", PICTURE, PICTURE)
     assert not fits_beside(full, "decoding", PICTURE, PICTURE)
+
+
+@pytest.mark.parametrize(("memory", "side"), [(24.5, 1024), (16, 1024), (8, 1024), (4, 768)])
+def test_a_picture_from_an_image_fits_where_one_from_noise_does(memory: float, side: int) -> None:
+    plan = make_plan(RELEASED, Work(height=side, width=side), card(memory))
+    for levels in (0, 1, 2):
+        placed = replace(plan, placement=replace(plan.placement, strip_levels=levels))
+        fitted, reason = fit_picture(placed, side, side, 512, True)
+        assert not reason
+        assert fitted.placement == fit_picture(placed, side, side, 512)[0].placement
+        assert [stage.name for stage in fitted.stages] == ["prompt", "image", "denoising", "decoding"]
+        need = {stage.name: stage.device for stage in fitted.stages}
+        work = Work(height=side, width=side)
+        own, strips = need["decoding"] - need["image"], fitted.placement.strip_levels
+        assert own == decode_activations(RELEASED, work, strips) - encode_activations(RELEASED, work, strips) > 0
