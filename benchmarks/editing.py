@@ -3,8 +3,9 @@
 Images are scenes of the drawn world, of a stream that no training used; picture k has the seed k. What is in a picture
 is read by `zimage.training.judge`.
 
-- inpainting: the box around one object, on the latents' grid, is repainted, and the caption gives that object another
-  colour. "as asked" is the whole caption, "colour" that object's colour alone, "outside" pixels that changed outside.
+- inpainting: a box around one object is repainted, and the caption gives that object another colour. "colour": one
+  has it and none has the old one. "as asked" is the whole caption, with shape and size; "outside" counts values of
+  pixels outside the box that changed.
 - outpainting: 32 pixels are added on either side of a scene of one object, described by its caption.
 - strength: the image is a scene of two objects, the caption describes another one. "layout" is the overlap of what is
   coloured in both, over their union; "change" the mean difference in levels of 255.
@@ -39,7 +40,8 @@ Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
 STREAM = 90_210
 STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
-GRID, BORDER, ADDED = 8, 2, 32
+MASKED_STRENGTHS = (0.4, 0.5, 0.6, 1.0)
+GRID, BORDER, ADDED = 8, 8, 32
 
 
 def main() -> None:
@@ -67,28 +69,30 @@ def main() -> None:
             for row in TABLES[table](pipe, arguments.count):
                 report[table].append({"model": name, **row})
                 print("  ".join(f"{key} {value}" for key, value in report[table][-1].items()), flush=True)
-    if arguments.output:
-        name = f"editing-cpu-{report['date']}"
-        print(f"wrote {write(report, arguments.output, name)}")
+        if arguments.output:
+            write(report, arguments.output, f"editing-cpu-{report['date']}")
 
 
 def of_inpainting(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
     """Scenes of one object, and of two of which one is repainted."""
     for objects in (1, 2):
-        whole, colour, outside = [], [], 0
-        for number, (scene, rng) in enumerate(scenes(objects, count)):
-            image = render(scene)
-            wanted = str(rng.choice([one for one in COLOURS if one not in {drawn.colour for drawn in scene.objects}]))
-            old = scene.objects[0].colour
-            changed = replace(scene, objects=(replace(scene.objects[0], colour=wanted), *scene.objects[1:]))
-            mask = around(image, old)
-            made = draw(pipe, changed, rng, number, image=image, mask_image=mask)
-            outside += int((made != image)[~mask].sum())
-            reading = judge.read(made)
-            whole.append(judge.agrees(reading, claims_of(changed)))
-            colours = {seen.colour for seen in reading.objects}
-            colour.append(wanted in colours and old not in colours)
-        yield {"objects": objects, "as asked": percent(whole), "colour": percent(colour), "outside": outside}
+        for strength in MASKED_STRENGTHS:
+            options = {"strength": strength, "keep_steps": few_steps(pipe)}
+            whole, colour, outside = [], [], 0
+            for number, (scene, rng) in enumerate(scenes(objects, count)):
+                image, old = render(scene), scene.objects[0].colour
+                wanted = str(rng.choice([one for one in COLOURS if all(one != seen.colour for seen in scene.objects)]))
+                changed = replace(scene, objects=(replace(scene.objects[0], colour=wanted), *scene.objects[1:]))
+                mask = around(image, old)
+                made = draw(pipe, changed, rng, number, image=image, mask_image=mask, **options)
+                outside += int((made != image)[~mask].sum())
+                reading = judge.read(made)
+                colours = {seen.colour for seen in reading.objects}
+                colour.append(wanted in colours and old not in colours)
+                whole.append(judge.agrees(reading, claims_of(changed)))
+            yield {"objects": objects, **options, "colour": percent(colour), "as asked": percent(whole)} | {
+                "outside": outside
+            }
 
 
 def of_outpainting(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
@@ -106,7 +110,7 @@ def of_outpainting(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
 
 def of_strength(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
     """Steps as they are, and kept where that makes a difference."""
-    for keep_steps in (False, True) if pipe.variant.num_inference_steps < 10 else (False,):
+    for keep_steps in (False, True) if few_steps(pipe) else (False,):
         for strength in STRENGTHS:
             layouts, changes, right, steps = [], [], [], 0
             pairs = zip(scenes(2, count), scenes(2, count, stream=STREAM + 1), strict=True)
@@ -147,6 +151,11 @@ def scenes(
         if all(relation != "inside" for _, relation, _ in scene.relations):
             found += 1
             yield scene, rng
+
+
+def few_steps(pipe: ZImagePipeline) -> bool:
+    """Whether a model has so few steps that it matters to keep them."""
+    return pipe.variant.num_inference_steps < 10
 
 
 def claims_of(scene: Scene) -> Claims:
