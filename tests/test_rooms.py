@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "memory.sizes",
     ),
     ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
-    ("checkpoint", "files", "adapters", "memory.budget", "memory.residency"),
+    ("checkpoint", "files", "prompts", "adapters", "memory.budget", "memory.residency"),
     (
         "runtime",
         "components",
@@ -43,7 +43,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "parts",
         "pipeline",
         "placed",
+        "previews",
         "starting",
+        "adapted",
     ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )
@@ -65,6 +67,7 @@ OPEN_TO_APPS = (
     "files",
     "memory",
     "pipeline",
+    "prompts",
     "request",
     "rules",
     "runtime",
@@ -214,5 +217,5 @@ def test_the_imports_are_found() -> None:
     assert {"pipeline", "errors"} <= own(imports(""))
     assert {"", "request", "errors", "cli.options", "cli.targets"} <= own(imports("cli.generate"))
     assert {"cli.generate", "_version"} <= own(imports("cli"))
-    assert {"parts", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
+    assert {"previews", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
     assert {"components", "runtime", "checkpoint.load"} <= own(imports("parts", at_import=True))

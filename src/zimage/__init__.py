@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapters.adapter import AdapterReport
     from .errors import (
         AdapterError,
         Cancelled,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterError": "errors",
+    "AdapterReport": "adapters.adapter",
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "Drawn": "output",
@@ -63,6 +65,7 @@ _HOMES = {
 __all__ = [
     "VARIANTS",
     "AdapterError",
+    "AdapterReport",
     "Cancelled",
     "CheckpointError",
     "Drawn",

@@ -6,7 +6,7 @@ sampler's steps and sees to it that each is finite. Knows nothing of prompts' te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -56,6 +56,11 @@ class Preparation:
     captions: dict[int, tuple[Tensor, Caption]] = field(default_factory=dict)
     grids: dict[tuple[int, int, int], ImageGrid] = field(default_factory=dict)
     levels: dict[tuple[float, ...], dict[float, NoiseLevel]] = field(default_factory=dict)
+    adapted: dict[Hashable, Preparation] = field(default_factory=dict)
+
+    def under(self, adapters: Hashable) -> Preparation:
+        """What those of the pictures share that are made with the same adapters, at the same strengths."""
+        return _kept(self.adapted, adapters, lambda: Preparation(self.transformer)) if adapters else self
 
     def caption(self, features: Tensor) -> Caption:
         # Held with the features themselves, so that no others can come to their address.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +41,8 @@ class Step:
     """One denoising step of a stream, done.
 
     `latents` (1, 16, H/8, W/8) are now at `sigma_next`; `denoised` is the picture expected from `sigma`, also as
-    latents. `image` is the finished picture on the last step and `None` before. Tensors are the run's own: copy
-    them before changing them.
+    latents. `image` is the finished picture on the last step and `None` before; `preview()` makes a cheap one of
+    `denoised` at any. Tensors are the run's own: copy them before changing them.
     """
 
     index: int
@@ -53,6 +53,12 @@ class Step:
     denoised: Tensor
     request: ResolvedRequest
     image: Image.Image | None = None
+    previewer: Callable[[Tensor], Image.Image] | None = field(default=None, repr=False, compare=False)
+
+    def preview(self) -> Image.Image:
+        """A small picture of what is expected now, a pixel for each 8 x 8, or what `set_preview` chose."""
+        assert self.previewer is not None
+        return self.previewer(self.denoised)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import components, runtime
+from .adapted import Adapted
 from .checkpoint.configs import read_shift
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
@@ -31,7 +32,6 @@ from .models.autoencoder import Autoencoder
 from .models.precision import cast, choose_dtype
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
-from .placed import Placed
 from .rules import Limits
 from .variants import detect_variant
 
@@ -43,7 +43,7 @@ _CAPTION_TOKENS = 128
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
 
 
-class Parts(Placed):
+class Parts(Adapted):
     """What a pipeline holds: the three models, the tokenizer, the variant and the shift."""
 
     def __init__(
@@ -201,6 +201,7 @@ class Parts(Placed):
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
+            self._attachments.refresh()
             self.text_encoder.forget()
         return self
 

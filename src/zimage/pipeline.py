@@ -41,13 +41,13 @@ from .files.recipe import Recipe, differences, pixel_digest
 from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
-from .parts import Parts
+from .previews import Previewing
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 from .starting import Start, from_image, from_noise
 
 
-class ZImagePipeline(Parts):
+class ZImagePipeline(Previewing):
     """Pictures from Z-Image and Z-Image-Turbo.
 
     Args:
@@ -65,7 +65,7 @@ class ZImagePipeline(Parts):
 
     def resolve(self, request: AnyRequest) -> ResolvedRequest:
         """`request` with nothing left open for this model, its image read; `RequestError` if it cannot work."""
-        limits, asked = self.limits, read_sources(request)
+        limits, asked = self.limits, read_sources(self._with_adapters(request))
         resolved = asked.resolve(self.variant, shift=self.shift, limits=limits)
         if resolved.image is not None:
             lay_out(resolved, limits)
@@ -107,6 +107,7 @@ class ZImagePipeline(Parts):
         strength: float | None = None,
         keep_steps: bool | None = None,
         padding: int | Sequence[int] | None = None,
+        adapters: Mapping[str, float] | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,
@@ -119,6 +120,7 @@ class ZImagePipeline(Parts):
             num_images_per_prompt: image k of the call has the seed `seed + k`.
             generator: instead of `seed`; its noise is drawn as diffusers draws it.
             latents: (images, 16, height/8, width/8) instead of a seed.
+            joint_attention_kwargs: {"scale": s} makes every adapter's strength s times what it else would be.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) or "latent".
             return_dict: `False` returns `(images,)`.
             callback_on_step_end: called after each step of each image with (pipeline, step, timestep, tensors);
@@ -132,7 +134,7 @@ class ZImagePipeline(Parts):
         options = {name: value for name, value in locals().items() if name in PICTURE_OPTIONS and value is not None}
         check_output_type(output_type)
         if joint_attention_kwargs:
-            raise RequestError("joint_attention_kwargs scales adapters and none is attached; leave it out")
+            options["adapters"] = self._scaled(adapters, joint_attention_kwargs)
         hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         requests = resolve_call(
             prompt, options, num_images_per_prompt, generator, resolve=self.resolve, latent_shape=self._latent_shape
@@ -193,13 +195,15 @@ class ZImagePipeline(Parts):
         """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
 
         A picture that was made from an image needs it again, `image` and `mask_image` as they were given then. Raises
-        `RequestError` for others, and if the file has no recipe, or one that this model cannot follow.
+        `RequestError` for others, and if the file has no recipe, or one that this model cannot follow; `AdapterError`
+        if it was made with adapters that are not loaded by the same names from the same files.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         if recipe.given:
             raise RequestError(
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
             )
+        self._require_adapters(recipe)
         request = recipe.with_images(*read_both(image, mask_image))
         output = self(request, cancel=cancel, progress=progress)
         assert isinstance(output, ZImageOutput)
@@ -229,21 +233,23 @@ class ZImagePipeline(Parts):
                 compiled=self.compiled,
             ),
             pixels=pixel_digest(image),
+            adapters=self._described_adapters(request),
         )
 
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
+        adapters = self._attachments.pick(request.adapters)
         with self._computing():
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
             begun = self._start(request, call)
         attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
-        start = partial(denoising_steps, call.preparation, request, attempt=attempt, known=begun.known)
+        start = partial(denoising_steps, call.preparation.under(adapters), request, attempt=attempt, known=begun.known)
         steps = start(conditioning, latents)
         replaced = None
         for _ in range(request.steps):
             call.check_cancelled()
-            with self._computing():
+            with self._computing(adapters):
                 step = steps.send(replaced)
             latents, replaced = step.latents, None
             if call.bar is not None:
@@ -312,5 +318,6 @@ class ZImagePipeline(Parts):
                 latents=step.latents,
                 denoised=step.denoised,
                 request=request,
+                previewer=self.preview,
                 image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
             )

@@ -19,6 +19,7 @@ from .rules import (
     Limits,
     integer,
     is_tensor,
+    resolve_adapters,
     resolve_guidance,
     resolve_seed,
     resolve_sigmas,
@@ -51,6 +52,8 @@ class GenerationRequest:
         sampler: "euler", "heun" or "dpmpp_2m".
         cache: "balanced" evaluates the model in about half of the steps and predicts the others from those before (base
             only, Euler or DPM++ 2M); or the steps to evaluate, counted from 0. See the guide for what it costs.
+        adapters: names of loaded adapters and their strengths for this picture, in place of those that the pipeline was
+            set to; 1 is as trained, {} is none.
         sigmas: noise levels before the shift, descending within (0, 1], without the final 0; one per step.
         max_sequence_length: tokens of the prompt, template included, that are kept.
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.
@@ -78,6 +81,7 @@ class GenerationRequest:
     seed: int | None = None
     sampler: str | None = None
     cache: str | Sequence[int] | None = None
+    adapters: Mapping[str, float] | None = None
     sigmas: Sequence[float] | None = None
     max_sequence_length: int | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
@@ -132,6 +136,7 @@ class GenerationRequest:
             strength=editing.strength,
             keep_steps=editing.keep_steps,
             padding=editing.padding,
+            adapters=resolve_adapters(self.adapters),
         )
 
 
@@ -140,8 +145,8 @@ class ResolvedRequest:
     """One picture with everything decided: with the same weights it is the same picture. See `GenerationRequest`.
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
-    `cache` has the steps that the model is evaluated in, and is empty where that is every one.
-    `strength` is 1 where there is no image.
+    `cache` has the steps that the model is evaluated in, and is empty where that is every one. `adapters` has the names
+    of those that act, sorted, and their strengths. `strength` is 1 where there is no image.
     `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
     """
 
@@ -165,6 +170,7 @@ class ResolvedRequest:
     strength: float = 1.0
     keep_steps: bool = False
     padding: tuple[int, ...] = ()
+    adapters: tuple[tuple[str, float], ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -201,6 +207,7 @@ class ResolvedRequest:
             seed=None if "latents" in given else self.seed,
             sampler=self.sampler,
             cache=self.cache or None,
+            adapters=dict(self.adapters),
             sigmas=self.sigmas or None,
             max_sequence_length=self.max_sequence_length,
             image=self.image,

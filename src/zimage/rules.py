@@ -34,6 +34,9 @@ MIN_AREA, MAX_AREA = 256**2, 2048**2
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
 
+MAX_ADAPTERS, MAX_STRENGTH = 64, 100.0
+"""Adapters of a picture, and how strong one may be; sliders from one look to another are used up to about 10."""
+
 
 def native_side(sample_size: int) -> int:
     """Pixels per side that a model was trained at, from its VAE's `sample_size`."""
@@ -204,6 +207,30 @@ def resolve_tensors(request: GenerationRequest, height: int, width: int, limits:
             raise RequestError(f"latents must be {shape} for {width}x{height}, got {shown(request.latents)}")
         tensors["latents"] = request.latents.reshape(1, *shape)
     return tensors
+
+
+def resolve_adapters(adapters: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+    """Names and strengths of the adapters that act, sorted by name; those of strength 0 do not."""
+    if adapters is None:
+        return ()
+    if not isinstance(adapters, Mapping) or len(adapters) > MAX_ADAPTERS:
+        raise RequestError(
+            f"adapters must map up to {MAX_ADAPTERS} names to strengths, like {{'ink': 0.8}}, got {shown(adapters)}"
+        )
+    strengths = {adapter_name(name): strength(f"the strength of {name!r}", value) for name, value in adapters.items()}
+    return tuple(sorted((name, value) for name, value in strengths.items() if value))
+
+
+def adapter_name(name: Any) -> str:
+    """`name`, if adapters may be called so."""
+    if not isinstance(name, str) or not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip():
+        raise RequestError(f"an adapter's name must be a text of 1 to 64 printable characters, got {shown(name)}")
+    return name
+
+
+def strength(name: str, value: Any) -> float:
+    """How much of an adapter acts: 1 as it was trained, below 0 the opposite."""
+    return number(name, value, -MAX_STRENGTH, MAX_STRENGTH)
 
 
 def _or(asked: Any, default: Any) -> Any:

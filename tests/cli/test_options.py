@@ -32,7 +32,8 @@ from zimage.variants import BASE, DEMOS, TURBO, VARIANTS
 from .conftest import cached
 
 NOT_ON_A_COMMAND_LINE = {"sigmas", "latents", "prompt_embeds", "negative_prompt_embeds"}
-OF_THE_COMMAND = {"model", "size", "num_images_per_prompt", "output", "no_recipe", "force", "json", "quiet"}
+TEMPLATES = {"prompts", "expand", "pick", "wildcards"}
+OF_THE_COMMAND = TEMPLATES | {"model", "size", "num_images_per_prompt", "output", "no_recipe", "force", "json", "quiet"}
 
 
 def test_options_are_the_requests_fields_and_the_loaders_arguments() -> None:

@@ -113,7 +113,12 @@ def test_json_says_what_it_is() -> None:
     assert document["format"] == 1
     assert document["request"]["prompt"] == "ein Fuchs, 狐狸"
     assert document["request"]["num_inference_steps"] == 50
-    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {"tensors", "cache", *EDITING}
+    assert set(document["request"]) == set(ResolvedRequest.__dataclass_fields__) - {
+        "tensors",
+        "cache",
+        "adapters",
+        *EDITING,
+    }
     assert "狐狸" in make().to_json()
 
 

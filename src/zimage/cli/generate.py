@@ -29,6 +29,7 @@ from .options import (
     Image,
     Json,
     LocalFilesOnly,
+    Lora,
     MaskImage,
     Memory,
     Quiet,
@@ -37,11 +38,12 @@ from .options import (
     check_request,
     choose_model,
     read_images,
+    read_loras,
     read_normalization,
     read_padding,
-    read_prompt,
     read_size,
 )
+from .prompts import prompts_of
 from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import Targets, plan_targets
 
@@ -52,6 +54,12 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing reads stdin.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead: a file with a prompt on each line.")] = None,
+    expand: Annotated[
+        bool, typer.Option("--expand", help="Draw all that templates stand for: a {red|blue} fox, a red __animal__.")
+    ] = False,
+    pick: Annotated[int | None, typer.Option(help="Draw so many of those instead, at random by the seed.")] = None,
+    wildcards: Annotated[Path | None, typer.Option(help="Folder of lists: animal.txt is __animal__.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help=MODEL_HELP)] = None,
     variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
     negative_prompt: Annotated[
@@ -92,6 +100,7 @@ def generate(
         str | None, typer.Option(help="Paint around the image: left,top,right,bottom in pixels, or one for all.")
     ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
+    adapters: Lora = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
     force: Force = False,
@@ -121,9 +130,11 @@ def generate(
         padding=read_padding(padding),
         **read_size(size, height, width),
     )
-    requests = expand_requests(read_prompt(prompt), **options)
+    texts = prompts_of(prompt, file=prompts, expands=expand, number=pick, wildcards=wildcards, seed=seed)
+    requests = expand_requests(texts, **options)
     check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
+    loras = read_loras(adapters)
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)
@@ -142,6 +153,9 @@ def generate(
     )
     offline = local_files_only or choice.is_there
     pipe = ZImagePipeline.from_pretrained(choice.model, local_files_only=offline, **place)
+    for lora in loras:
+        more = _given(strength=lora.strength, cache_dir=cache_dir)
+        pipe.load_adapter(lora.source, lora.name, local_files_only=local_files_only, **more)
     resolved = [pipe.resolve(request) for request in requests]
     _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +46,14 @@ Image = Annotated[Path | None, typer.Option("--image", help="What the picture st
 MaskImage = Annotated[
     Path | None,
     typer.Option("--mask", "--mask-image", help="White where the image is repainted, black where it stays."),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        "--adapters",
+        help="[NAME=]SOURCE[:STRENGTH]: a file, a folder, or owner/name/file on the hub. Repeat it for several.",
+    ),
 ]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads, not the hub's cache.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
@@ -182,6 +191,27 @@ def read_images(image: Path | None, mask_image: Path | None) -> dict[str, Source
 
     read = {} if image is None else {"image": read_image(image)}
     return read if mask_image is None else {**read, "mask_image": read_mask(mask_image)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraChoice:
+    """A LoRA as it was asked for on the command line."""
+
+    source: str
+    name: str | None
+    strength: float | None
+
+
+def read_loras(texts: Sequence[str] | None) -> list[LoraChoice]:
+    """What each `--lora` says: `ink.safetensors`, `ink.safetensors:0.8`, `wash=ink.safetensors:0.8`."""
+    choices = []
+    for text in texts or ():
+        match = re.fullmatch(r"(?:([\w-]{1,64})=)?(.+?)(?::([-+]?(?:\d{1,6}\.?\d{0,9}|\.\d{1,9})))?", text)
+        if match is None:
+            raise RequestError(f"--lora must be [NAME=]SOURCE[:STRENGTH] like ink.safetensors:0.8, got {text!r}")
+        strength = None if match[3] is None else float(match[3])
+        choices.append(LoraChoice(source=match[2], name=match[1], strength=strength))
+    return choices
 
 
 def _unicode(text: str) -> str:

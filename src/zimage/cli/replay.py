@@ -12,11 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Cancelled, CheckpointError, RequestError
+from ..errors import AdapterError, Cancelled, CheckpointError, RequestError
 from ..memory.planner import FULL
 from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
-from .options import CacheDir, Device, Force, Image, Json, LocalFilesOnly, MaskImage, Memory, Quiet, read_images
+from .options import (
+    CacheDir,
+    Device,
+    Force,
+    Image,
+    Json,
+    LocalFilesOnly,
+    MaskImage,
+    Memory,
+    Quiet,
+    read_images,
+    read_loras,
+)
 from .running import announce, cancel_on_interrupt, print_json, shows_progress, tell
 from .targets import plan_targets, save_picture
 
@@ -36,6 +48,9 @@ def replay(
     mask_image: MaskImage = None,
     device: Device = None,
     memory: Memory = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--lora", help="NAME=SOURCE: take that adapter from there, not where it was.")
+    ] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -58,7 +73,9 @@ def replay(
         output = output / file.name
     if output is not None:
         plan_targets(output, 1, overwrite=force)
+    given = _by_name(loras, recipe)
     pipe = _load(recipe, model, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only)
+    _load_adapters(pipe, recipe, given, cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(asked)
     start = perf_counter()
     with cancel_on_interrupt() as cancel:
@@ -126,6 +143,41 @@ def _load(
         if trusted or local_files_only:
             raise
         raise CheckpointError(f"{error}; the file names this model: pass --model to download it") from None
+
+
+def _by_name(loras: list[str] | None, recipe: Recipe) -> dict[str, str]:
+    """The sources of adapters that were given, by the names that the recipe has for them."""
+    given: dict[str, str] = {}
+    for lora in read_loras(loras):
+        if lora.name is None or lora.name not in recipe.adapters or lora.strength is not None:
+            known = ", ".join(recipe.adapters) or "none"
+            raise RequestError(
+                f"--lora here is NAME=SOURCE, of an adapter that the file names ({known}); got {lora.source}"
+            )
+        given[lora.name] = lora.source
+    return given
+
+
+def _load_adapters(
+    pipe: ZImagePipeline, recipe: Recipe, given: dict[str, str], *, cache_dir: Path | None, local_files_only: bool
+) -> None:
+    """The adapters of the recipe; what is not given must be on this machine."""
+    for name, said in recipe.adapters.items():
+        source = given.get(name, said["source"])
+        if name not in given and source.startswith(("\\\\", "//")):
+            raise RequestError(f"the file names an adapter on another machine, {source}; pass --lora if that is right")
+        try:
+            pipe.load_adapter(
+                source,
+                name,
+                strength=0.0,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only or name not in given,
+            )
+        except AdapterError as error:
+            if name in given:
+                raise
+            raise AdapterError(f"{error}; the file names this adapter: pass --lora {name}=SOURCE") from None
 
 
 def _use_threads(recipe: Recipe) -> None:

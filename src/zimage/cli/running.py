@@ -58,6 +58,7 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
         *([f"{len(first.cache)} of them evaluated"] if first.cache else []),
         *([f"from an image at strength {first.strength:g}"] if first.image is not None else []),
         f"guidance {first.guidance_scale:g}",
+        *(f"{name} at {value:g}" for name, value in first.adapters),
         f"{first.width}x{first.height}",
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}",

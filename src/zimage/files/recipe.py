@@ -10,7 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +30,7 @@ MAX_CHARACTERS = 2**20
 MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
 IMAGE_NAMES = ("image", "mask_image")
 _IMAGE_KEYS = ("width", "height", "sha256")
+ADAPTER_KEYS = ("source", "digest")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
@@ -51,6 +52,7 @@ class Recipe:
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
         pixels: `pixel_digest` of the picture.
         given: names of tensors that the request had in place of texts or noise.
+        adapters: of each adapter of the request by name, its `source` (hub id or file) and the `digest` of its file.
     """
 
     request: ResolvedRequest
@@ -58,6 +60,7 @@ class Recipe:
     runtime: Mapping[str, str]
     pixels: str
     given: tuple[str, ...] = ()
+    adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
@@ -67,6 +70,7 @@ class Recipe:
             "model": {"transformer": "", **_texts("model", self.model)},
             "runtime": _texts("runtime", self.runtime),
             "given": given,
+            "adapters": _adapters(self.adapters, self.request),
         }.items():
             object.__setattr__(self, name, value)
         _exact_keys("model", self.model, MODEL_KEYS)
@@ -104,7 +108,7 @@ class Recipe:
         values = {name: _plain(getattr(self.request, name)) for name in _request_types()}
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
-        document = dict(zip(_PARTS, contents, strict=True))
+        document = dict(zip(_PARTS, contents, strict=True)) | ({"adapters": self.adapters} if self.adapters else {})
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
         return text if is_unicode(text) else json.dumps(document, allow_nan=False)
 
@@ -117,13 +121,14 @@ class Recipe:
             raise RequestError("this is not a zimage recipe: it has no format number")
         if version != FORMAT:
             raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
-        _exact_keys("recipe", document, _PARTS)
+        _exact_keys("recipe", document, (*_PARTS, "adapters"), optional=("adapters",))
         given = document["given"]
         if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
             raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
         try:
             request = _read_request(document["request"])
-            return cls(request, document["model"], document["runtime"], document["pixels"], tuple(given))
+            model, runtime, pixels = (document[part] for part in ("model", "runtime", "pixels"))
+            return cls(request, model, runtime, pixels, tuple(given), document.get("adapters", {}))
         except RequestError as error:
             raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
 
@@ -218,6 +223,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "tuple[int, ...]": (list,),
     "bool": (bool,),
     "SourceImage | None": (dict,),
+    "tuple[tuple[str, float], ...]": (list,),
 }
 
 
@@ -234,7 +240,11 @@ def _read_request(document: Any) -> ResolvedRequest:
     if not 0 < shift <= _MAX_SHIFT:
         raise RequestError(f"shift must be a number above 0 and up to {_MAX_SHIFT:g}, got {shown(shift)}")
     images = {name: _read_image(name, document[name]) for name in IMAGE_NAMES if name in document}
-    request = ResolvedRequest(**{**document, **images, "shift": float(shift)})
+    pairs = document.get("adapters", [])
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise RequestError(f"adapters must be pairs of a name and a strength, got {shown(pairs)}")
+    adapters = tuple((name, value) for name, value in pairs)
+    request = ResolvedRequest(**{**document, **images, "shift": float(shift), "adapters": adapters})
     return request.resolve(get_variant(request.variant), shift=request.shift)
 
 
@@ -259,6 +269,15 @@ def _digest(name: str, value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
         raise RequestError(f"{name} must be 64 hexadecimal digits, got {shown(value)}")
     return value
+
+
+def _adapters(adapters: Any, request: ResolvedRequest) -> dict[str, dict[str, str]]:
+    """A plain copy of what a recipe says of the adapters of its request, no more and no fewer."""
+    _exact_keys("adapters", adapters, tuple(name for name, _ in request.adapters))
+    described = {name: _texts(f"the adapter {name}", texts) for name, texts in adapters.items()}
+    for name, texts in described.items():
+        _exact_keys(f"the adapter {name}", texts, ADAPTER_KEYS)
+    return described
 
 
 def _exact_keys(name: str, document: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

@@ -40,7 +40,7 @@ def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement)
     rest = sizes.transformer_rest + sizes.vae
     # Where the device is the host it looks tokens up itself.
     rest += sizes.text_rest if not placement.text_waits or (budget.host is None and streams_text) else 0
-    resident = int(layers) + rest * item
+    resident = int(layers) + rest * item + sizes.adapters
     kept = 0 if budget.host is None else _kept_on_host(sizes, work, placement)
     needs = stage_needs(sizes, work, placement)
     return tuple(Stage(name=name, device=resident + need, host=kept) for name, need in needs.items())

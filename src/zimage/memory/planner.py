@@ -121,8 +121,7 @@ def require_fit(plan: Plan, height: int, width: int, tokens: int, from_image: bo
 def fits_beside(plan: Plan, stage: str, picture: Picture, current: Picture) -> bool:
     """Whether `stage` ("prompt", "decoding") of one picture fits beside the prompt and the steps of the `current` one.
 
-    A text encoder that passes through the device never does: its layers and the
-    blocks would take each other's places.
+    A text encoder that passes through the device never does: its layers and the blocks would take each other's places.
     """
     if stage == "prompt" and plan.placement.text_encoder == "streamed":
         return False
@@ -142,16 +141,11 @@ def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
     """
     least = need = _need(plan.stages, stage)
     budget, frugal = replace(plan.budget, device=int(STEP_DOWN * min(need, plan.budget.device))), None
-    for candidate in _placements(plan.sizes, plan.work, budget, None, plan.placement.weights):
-        placement = plan.placement.or_lower(candidate)
-        for text, blocks in _sources(plan.placement, placement, budget, has_files):
-            chosen = replace(placement, text_source=text, block_source=blocks)
-            stages = predict(plan.sizes, plan.work, budget, chosen)
-            rung = replace(plan, placement=chosen, budget=budget, stages=stages)
-            if not _reason(stages, budget):
-                return rung
-            if _need(stages, stage) < least and not _reason(stages, replace(budget, device=rung.device_peak)):
-                least, frugal = _need(stages, stage), rung
+    for rung in _rungs(plan, budget, has_files):
+        if not _reason(rung.stages, budget):
+            return rung
+        if _need(rung.stages, stage) < least and not _reason(rung.stages, replace(budget, device=rung.device_peak)):
+            least, frugal = _need(rung.stages, stage), rung
     if frugal is not None:
         return replace(frugal, budget=replace(budget, device=frugal.device_peak))
     size = f"{plan.work.width}x{plan.work.height}"
@@ -159,6 +153,21 @@ def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
         f"{stage} ran out of memory at {size}, where {gib(need)} were planned for, and there is no more frugal plan; "
         f"choose a smaller size, or free memory of the device. The plan was: {plan.placement}"
     )
+
+
+def with_adapters(plan: Plan, adapters: int, *, has_files: bool = True) -> Plan:
+    """`plan` with so many bytes of adapters on the device; where they do not fit, the fastest placement where they do.
+
+    What passes through the device already still does. Raises `NotEnoughMemory` where there is none.
+    """
+    kept = follow(plan, replace(plan.sizes, adapters=adapters), plan.work.dtype)
+    reason = _reason(kept.stages, kept.budget)
+    if not reason or adapters <= plan.sizes.adapters:
+        return kept
+    for rung in _rungs(kept, kept.budget, has_files):
+        if not _reason(rung.stages, rung.budget):
+            return rung
+    raise NotEnoughMemory(f"with {gib(adapters)} of adapters {reason}")
 
 
 class Planning:
@@ -180,6 +189,16 @@ class Planning:
         lowered = lower(self._plan, largest.name)
         said = f"loading ran out of memory ({reason}); since then: {lowered.placement}"
         self._plan = replace(lowered, stepped_down=(*self._plan.stepped_down, said))
+
+
+def _rungs(plan: Plan, budget: Budget, has_files: bool) -> Iterator[Plan]:
+    """Plans for the work of `plan` that leave no more on the device, from the fastest to the most frugal."""
+    for candidate in _placements(plan.sizes, plan.work, budget, None, plan.placement.weights):
+        placement = plan.placement.or_lower(candidate)
+        for text, blocks in _sources(plan.placement, placement, budget, has_files):
+            chosen = replace(placement, text_source=text, block_source=blocks)
+            stages = predict(plan.sizes, plan.work, budget, chosen)
+            yield replace(plan, placement=chosen, budget=budget, stages=stages)
 
 
 def _choices(

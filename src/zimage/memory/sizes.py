@@ -67,6 +67,8 @@ class ModelSizes:
     packed_context: tuple[int, ...] = ()
     in_bfloat16: bool = False
     """Whether the files have all matrices of the layers in bfloat16 or fewer bits, so that nothing is lost by it."""
+    adapters: int = 0
+    """Bytes of the adapters that are loaded, which stay on the device whatever passes through."""
 
     @property
     def packed(self) -> int:
