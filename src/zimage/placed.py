@@ -221,10 +221,7 @@ class Placed:
 
     def _strip_levels(self, request: ResolvedRequest) -> int:
         """How many of the autoencoder's levels a picture needs in strips."""
-        if self._plan is None:
-            return self._least_strips
-        fitted, _ = fit_picture(self._plan, *_picture(request))
-        return max(self._least_strips, fitted.placement.strip_levels)
+        return self._least_strips if self._plan is None else self._fitted(self._plan, request).placement.strip_levels
 
     def _fits_beside(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
         """Whether the plan has room for a stage of one picture beside the steps of another; no plan, no."""
@@ -238,14 +235,20 @@ class Placed:
     def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
         """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""
         plan = self._planned()
-        fitted, _ = fit_picture(plan, *_picture(request))
-        lowered = lower(fitted, stage, has_files=self._residency.read is not None)
+        lowered = lower(self._fitted(plan, request), stage, has_files=self._residency.read is not None)
         kept, _ = fit_picture(
             replace(plan, placement=lowered.placement, budget=lowered.budget),
             plan.work.height, plan.work.width, plan.work.tokens,
         )  # fmt: skip
         sentence = f"{stage} ran out of memory at {request.width}x{request.height} ({reason}); since then: "
         self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)
+        # What ran out may not be what needs most: by the budget alone there would be no more strips than before.
+        if self._fitted(kept, request).placement.strip_levels < lowered.placement.strip_levels:
+            self._least_strips = lowered.placement.strip_levels
+
+    def _fitted(self, plan: Plan, request: ResolvedRequest) -> Plan:
+        """`plan` for a picture, with no fewer strips than were asked for or than memory was found to have room for."""
+        return fit_picture(plan, *_picture(request), least_strips=self._least_strips)[0]
 
     def _offload(self, device: str | torch.device | None, **changes: Any) -> None:
         with self._turn:

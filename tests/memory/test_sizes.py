@@ -106,7 +106,7 @@ def test_a_decode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> N
 @pytest.mark.parametrize("strip_levels", [0, 1, 2])
 @pytest.mark.parametrize(("size", "work"), WORKS)
 def test_an_encode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> None:
-    """It never needs more than a decode, so a picture that fits can also start from an image."""
+    """At these sizes it needs less than a decode, so a picture that fits can also start from an image."""
     model, sizes = blanks(size)["vae"].module, sizes_of_blanks(blanks(size))
     cast(model, dtype=DTYPES[work.dtype])
     shape = 1, 3, work.height, work.width

@@ -91,13 +91,17 @@ def follow(plan: Plan, sizes: ModelSizes, dtype: str) -> Plan:
     return replace(plan, work=work, sizes=sizes, stages=predict(sizes, work, plan.budget, plan.placement))
 
 
-def fit_picture(plan: Plan, height: int, width: int, tokens: int, from_image: bool = False) -> tuple[Plan, str]:
+def fit_picture(
+    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, *, least_strips: int = 0
+) -> tuple[Plan, str]:
     """`plan` for one picture, and why it does not fit, "" if it does.
 
-    What sits where stays, and as few of the autoencoder's levels as the picture needs are in strips.
+    What sits where stays, and as few of the autoencoder's levels as the picture needs, but `least_strips` of them, are
+    in strips.
     """
     work, reason = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image), ""
-    for levels in (0, *_levels(plan.sizes)):
+    allowed = (0, *_levels(plan.sizes))
+    for levels in allowed[min(least_strips, len(allowed) - 1) :]:
         placement = replace(plan.placement, strip_levels=levels)
         stages = predict(plan.sizes, work, plan.budget, placement)
         plan = replace(plan, work=work, placement=placement, stages=stages)
