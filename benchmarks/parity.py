@@ -1,11 +1,12 @@
-"""How far zimage's latents are from diffusers', over sizes, guidance, precisions and checkpoints: the table of
+"""How far zimage's latents are from diffusers', over sizes, guidance, precisions and checkpoints: the tables of
 docs/parity.md.
 
 Errors are relative: the largest difference over the largest value, and the root mean square of both. "features" rows
 give both sides the same caption features, "prompt" rows let each side encode the prompt, and "to float32" is each
-side's distance to diffusers' float32 result, the scale on which a half precision's error should be read.
+side's distance to diffusers' float32 result, the scale on which a half precision's error should be read. The second
+table is of pictures from an image, beside diffusers' pipelines for them, each side with a generator of the same seed.
 
-    python benchmarks/parity.py [--sizes tiny,small,wide] [--device cpu]
+    python benchmarks/parity.py [--tables noise,images] [--sizes tiny,small,wide] [--device cpu]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -27,26 +29,29 @@ from zimage.testing import build_checkpoint
 
 PROMPT, NEGATIVE = "a red fox in the snow, 一只红狐狸", "blurry, low quality, watermark " * 12
 STEPS = {"tiny": 8, "small": 4, "wide": 2}
+STRENGTHS = (0.3, 0.6, 1.0)
 
 
 def main() -> None:
     """Print a row for each checkpoint, precision and guidance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--sizes", default="tiny,small,wide")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    print("| checkpoint | dtype | guidance | from | max | rms | same bits | zimage to float32 | diffusers to float32 |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for size in arguments.sizes.split(","):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = build_checkpoint(Path(scratch) / "model", size=size, variant="base")
-            dtypes = ("bfloat16",) if size == "wide" else ("float32", "bfloat16", "float16")
-            references: dict[Any, Tensor] = {}
-            for dtype in dtypes:
-                compare(folder, size, dtype, arguments.device, references)
+    for table in arguments.tables.split(","):
+        header, compare_in = TABLES[table]
+        print(f"\n{header}\n|{'---|' * (header.count('|') - 1)}")
+        for size in arguments.sizes.split(","):
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = build_checkpoint(Path(scratch) / "model", size=size, variant="base")
+                dtypes = ("bfloat16",) if size == "wide" else ("float32", "bfloat16", "float16")
+                references: dict[Any, Tensor] = {}
+                for dtype in dtypes:
+                    compare_in(folder, size, dtype, arguments.device, references)
 
 
 def compare(folder: Path, size: str, dtype: str, device: str, references: dict[Any, Tensor]) -> None:
@@ -90,6 +95,46 @@ def latents(
         expected = theirs(**texts, **options).images
         ours.text_encoder.forget()
         return ours(**texts, **options, progress=False).images.float().cpu(), expected.float().cpu()
+
+
+def compare_images(folder: Path, size: str, dtype: str, device: str, _: dict[Any, Tensor]) -> None:
+    """Rows of pictures from an image; in float32, as half precisions are in the table above."""
+    if dtype != "float32":
+        return
+    parts = diffusers.ZImagePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    ours = ZImagePipeline.from_diffusers(parts)
+    mask = np.zeros((256, 272), np.float32)
+    mask[70:190, 30:170] = 1
+    for name, masks in (("ZImageImg2ImgPipeline", {}), ("ZImageInpaintPipeline", {"mask_image": mask})):
+        theirs = getattr(diffusers, name)(**parts.components)
+        theirs.set_progress_bar_config(disable=True)
+        for guidance in (0.0, 4.0):
+            rows = [distance(*changed(ours, theirs, guidance, strength, size, masks)) for strength in STRENGTHS]
+            worst = [f"{max(column):.1e}" for column in zip(*rows, strict=True)]
+            print("|", " | ".join([size, name, f"{guidance:g}", *worst]), "|", flush=True)
+
+
+def changed(
+    ours: Any, theirs: Any, guidance: float, strength: float, size: str, masks: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """zimage's and diffusers' latents of one picture from an image."""
+    image = np.random.default_rng(0).random((1, 256, 272, 3), np.float32)
+    options = {"prompt": PROMPT, "num_inference_steps": STEPS[size], "guidance_scale": guidance, "strength": strength}
+    options |= {"image": image, "output_type": "latent", **masks} | ({"negative_prompt": NEGATIVE} if guidance else {})
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        expected = theirs(**options, height=256, width=272, generator=generator).images
+        ours.text_encoder.forget()
+        return ours(**options, seed=7, progress=False).images.float().cpu(), expected.float().cpu()
+
+
+TABLES = {
+    "noise": (
+        "| checkpoint | dtype | guidance | from | max | rms | same bits | zimage to float32 | diffusers to float32 |",
+        compare,
+    ),
+    "images": ("| checkpoint | diffusers' pipeline | guidance | max | rms |", compare_images),
+}
 
 
 def distance(one: Tensor, other: Tensor) -> tuple[float, float]:

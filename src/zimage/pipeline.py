@@ -281,7 +281,7 @@ class ZImagePipeline(Previewing):
         if request.image is None:
             return self._attempt("prompt", request, call.let_go)(partial(from_noise, request, shape, self.device))
         encode = partial(from_image, request, shape, self.device, self.autoencoder, self.limits)
-        return self._attempt("prompt", request, call.let_go)(encode)
+        return self._attempt("image", request, call.let_go)(lambda: encode(self._strip_levels(request)))
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         limits = self.limits

@@ -222,36 +222,38 @@ class Placed:
     def _fit(self, request: ResolvedRequest) -> None:
         """Raises `NotEnoughMemory` if a picture does not fit in the amount that the model was loaded with."""
         if self._plan is not None:
-            require_fit(self._plan, request.height, request.width, request.max_sequence_length)
+            require_fit(self._plan, *_picture(request))
 
     def _strip_levels(self, request: ResolvedRequest) -> int:
-        """How many of the decoder's levels a picture needs in strips."""
-        if self._plan is None:
-            return self._least_strips
-        fitted, _ = fit_picture(self._plan, request.height, request.width, request.max_sequence_length)
-        return max(self._least_strips, fitted.placement.strip_levels)
+        """How many of the autoencoder's levels a picture needs in strips."""
+        return self._least_strips if self._plan is None else self._fitted(self._plan, request).placement.strip_levels
 
     def _fits_beside(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
         """Whether the plan has room for a stage of one picture beside the steps of another; no plan, no."""
-        sizes = [(one.height, one.width, one.max_sequence_length) for one in (request, current)]
-        return self._plan is not None and fits_beside(self._plan, stage, *sizes)
+        return self._plan is not None and fits_beside(self._plan, stage, _picture(request), _picture(current))
 
     def _attempt(self, stage: str, request: ResolvedRequest, let_go: Callable[[], None] | None = None) -> Attempt:
-        """Computes a stage ("prompt", "denoising", "decoding") of a picture; where memory runs out, again with less,
-        after `let_go`."""
+        """Computes a stage ("prompt", "image", "denoising", "decoding") of a picture; where memory runs out, again with
+        less, after `let_go`."""
         return partial(with_less, step_down=partial(self._step_down, stage, request), let_go=let_go)
 
     def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
         """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""
         plan = self._planned()
-        fitted, _ = fit_picture(plan, request.height, request.width, request.max_sequence_length)
-        lowered = lower(fitted, stage, has_files=self._residency.read is not None)
+        lowered = lower(self._fitted(plan, request), stage, has_files=self._residency.read is not None)
         kept, _ = fit_picture(
             replace(plan, placement=lowered.placement, budget=lowered.budget),
             plan.work.height, plan.work.width, plan.work.tokens,
         )  # fmt: skip
         sentence = f"{stage} ran out of memory at {request.width}x{request.height} ({reason}); since then: "
         self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)
+        # What ran out may not be what needs most: by the budget alone there would be no more strips than before.
+        if self._fitted(kept, request).placement.strip_levels < lowered.placement.strip_levels:
+            self._least_strips = lowered.placement.strip_levels
+
+    def _fitted(self, plan: Plan, request: ResolvedRequest) -> Plan:
+        """`plan` for a picture, with no fewer strips than were asked for or than memory was found to have room for."""
+        return fit_picture(plan, *_picture(request), least_strips=self._least_strips)[0]
 
     def _offload(self, device: str | torch.device | None, **changes: Any) -> None:
         with self._turn:
@@ -324,6 +326,11 @@ class Placed:
         device = self.device.type
         with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
             yield
+
+
+def _picture(request: ResolvedRequest) -> tuple[int, int, int, bool]:
+    """What a plan needs to know of a picture."""
+    return request.height, request.width, request.max_sequence_length, request.image is not None
 
 
 def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:

@@ -36,9 +36,14 @@ def from_noise(request: ResolvedRequest, shape: Sequence[int], device: torch.dev
 
 
 def from_image(
-    request: ResolvedRequest, shape: Sequence[int], device: torch.device, autoencoder: Autoencoder, limits: Limits
+    request: ResolvedRequest,
+    shape: Sequence[int],
+    device: torch.device,
+    autoencoder: Autoencoder,
+    limits: Limits,
+    strip_levels: int,
 ) -> Start:
-    """The request's image, encoded, at the first level of its schedule.
+    """The request's image, encoded with so many levels in strips, at the first level of its schedule.
 
     The seed is drawn from twice, as diffusers' pipelines do: for the sample of the encoder's distribution, and for the
     noise.
@@ -46,6 +51,6 @@ def from_image(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     spread, noise = (noise_of(generator, (1, *shape)).to(device) for _ in range(2))
     canvas = lay_out(request, limits)
-    image = autoencoder.encode(canvas.pixels.to(device), spread)
+    image = autoencoder.encode(canvas.pixels.to(device), spread, strip_levels)
     known = Known(image, noise, canvas.repaint(limits.latent_scale).to(device)) if has_mask(request) else None
     return Start(noised(image, noise, schedule(request)[0].item()), known)

@@ -31,6 +31,16 @@ def test_a_released_model_on_a_card_that_is_not_there(capsys: pytest.CaptureFixt
     assert [line.split(":")[0] for line in lines[7:]] == ["not", "not"]
 
 
+def test_an_image_is_a_stage_that_needs_less_than_the_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--memory", "4GB", "--host-memory", "32GB", "--tokens", 128, "--json")
+    _, plain, _ = run(capsys, *options)
+    _, out, _ = run(capsys, *options, "--image")
+    need = {stage["name"]: stage["device"] for stage in json.loads(out)["stages"]}
+    assert list(need) == ["prompt", "image", "denoising", "decoding"]
+    assert need["image"] < need.pop("decoding")
+    assert json.loads(plain)["placement"] == json.loads(out)["placement"]
+
+
 def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--memory", "8GB", "--host-memory", "10GB", "--tokens", 100, "--dtype", "float16", "--json")
     code, out, _ = run(capsys, "--model", "base", *options)

@@ -17,11 +17,18 @@ from zimage.memory.ladder import is_out_of_memory, once, with_less
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.plan import Plan
 from zimage.memory.residency import Residency
+from zimage.models.autoencoder import Autoencoder
 from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
 
+
+def fox(side: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
 PLACE = Residency.place
 TINY: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 4, "any_size": True}
+FROM_IMAGE: dict[str, Any] = {**TINY, "image": fox(64), "strength": 1.0}
 LARGE: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 2, "seed": 4}
 WIDER: dict[str, Any] = {**LARGE, "height": 384, "width": 384, "num_inference_steps": 1}
 
@@ -126,9 +133,10 @@ class UntilLess(AllocationMeter):
 def test_a_passing_failure_at_any_allocation_changes_nothing(
     least_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every one of encoding, denoising with guidance and decoding: memory that came back is not done without."""
+    """Every one of encoding prompts and an image, denoising with guidance and decoding: memory that came back is not
+    done without."""
     pipe = load(least_folder)
-    options = {**TINY, "guidance_scale": 2.0}
+    options = {**FROM_IMAGE, "guidance_scale": 2.0}
     expected = draw(pipe, **options).images[0].tobytes()
     with device(pipe) as whole:
         draw(pipe, **options)
@@ -149,18 +157,18 @@ def test_a_passing_failure_at_any_allocation_changes_nothing(
 @pytest.mark.usefixtures("_no_collection")
 def test_memory_that_is_gone_at_any_allocation_is_done_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(folder)
-    expected = pixels(whole, **TINY)
+    expected = pixels(whole, **FROM_IMAGE)
     with device(whole) as meter:
-        draw(whole, **TINY)
+        draw(whole, **FROM_IMAGE)
     stages = set()
     for number in range(1, meter.allocations + 1, 25):
         pipe = load(folder)
         with UntilLess(number, monkeypatch):
-            output = draw(pipe, **TINY)
+            output = draw(pipe, **FROM_IMAGE)
         assert len(output.stepped_down) == 1, f"allocation {number}"
         stages.add(output.stepped_down[0].split()[0])
         assert np.array_equal(np.asarray(output.images[0]), expected), f"allocation {number}"
-    assert stages == {"prompt", "denoising", "decoding"}
+    assert stages == {"prompt", "image", "denoising", "decoding"}
 
 
 def test_a_device_that_is_too_small_is_made_do_with(shallow_folder: Path) -> None:
@@ -396,3 +404,51 @@ def test_what_is_let_go_of_comes_before_any_rung() -> None:
 
     assert with_less(compute, lambda reason: done.append("stepped down"), lambda: done.append("let go")) == "made"
     assert done == ["computed", "let go", "computed", "let go", "stepped down", "computed"]
+
+
+def test_an_image_that_cannot_be_encoded_whole_is_encoded_in_strips(tiny_folder: Path) -> None:
+    """On a device that has room for one level in strips, and not for a whole encode."""
+    pipe = load(tiny_folder)
+    pipe.enable_sequential_cpu_offload()  # all else that helps is done already
+    asked = {**WIDER, "num_inference_steps": 2, "image": fox(384), "strength": 0.5, "output_type": "latent"}
+    image, noise = torch.from_numpy(fox(384)).movedim(-1, 0)[None] / 255, torch.zeros(1, 16, 48, 48)
+    with device(pipe) as whole:
+        expected = draw(pipe, **asked).images
+    with device(pipe) as strips:
+        pipe.autoencoder.encode(image, noise, 1)
+    assert strips.peak < 0.6 * whole.peak
+    with device(pipe, strips.peak + 2**20):
+        output = draw(pipe, **asked)
+        again = draw(pipe, **asked)
+    assert output.stepped_down[-1].startswith("image ran out of memory at 384x384 (")
+    assert output.stepped_down[-1].endswith("in strips")
+    assert again.stepped_down == ()
+    assert torch.equal(again.images, output.images)
+    assert 0 < (output.images - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("stage", "most"), [("image", 1), ("decoding", 0)])
+@pytest.mark.usefixtures("_no_collection")
+def test_strips_are_taken_one_rung_at_a_time_and_the_ladder_ends(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str, most: int
+) -> None:
+    """Also where another stage needs more, so that by the budget alone a picture would get fewer strips again."""
+    pipe, tried = load(tiny_folder), list[int]()
+    compute = getattr(Autoencoder, name := {"image": "encode", "decoding": "decode"}[stage])
+
+    def fails(self: Autoencoder, *given: Any) -> torch.Tensor:
+        tried.append(given[-1])
+        assert len(tried) < 20
+        if tried[-1] <= most:
+            raise torch.OutOfMemoryError("no")
+        made: torch.Tensor = compute(self, *given)
+        return made
+
+    monkeypatch.setattr(Autoencoder, name, fails)
+    asked = {**WIDER, "image": fox(384), "strength": 1.0, "output_type": "latent" if stage == "image" else "pt"}
+    assert "in strips" in draw(pipe, **asked).stepped_down[-1]
+    assert tried == sorted(tried)
+    assert tried[-1] == most + 1
+    most = 2
+    with pytest.raises(NotEnoughMemory, match=f"^{stage} ran out of memory at 384x384, .* no more frugal plan"):
+        draw(pipe, **asked)

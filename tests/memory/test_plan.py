@@ -23,7 +23,14 @@ from zimage.memory.plan import (
     parse_memory,
 )
 from zimage.memory.planner import fit_picture, fits_beside, lower, make_plan, plan_model, require_fit
-from zimage.memory.sizes import RELEASED, Work, decode_activations, denoise_activations, text_activations
+from zimage.memory.sizes import (
+    RELEASED,
+    Work,
+    decode_activations,
+    denoise_activations,
+    encode_activations,
+    text_activations,
+)
 
 GIB = 2**30
 ROOMY = 64 * GIB
@@ -405,3 +412,48 @@ def test_a_text_encoder_that_passes_through_is_never_beside_steps() -> None:
     full = replace(elsewhere, budget=replace(elsewhere.budget, device=elsewhere.device_peak))
     assert fits_beside(full, "prompt", PICTURE, PICTURE)
     assert not fits_beside(full, "decoding", PICTURE, PICTURE)
+
+
+@pytest.mark.parametrize(("memory", "side"), [(24.5, 1024), (16, 1024), (8, 1024), (4, 768)])
+def test_a_picture_from_an_image_fits_where_one_from_noise_does(memory: float, side: int) -> None:
+    plan = make_plan(RELEASED, Work(height=side, width=side), card(memory))
+    for levels in (0, 1, 2):
+        placed = replace(plan, placement=replace(plan.placement, strip_levels=levels))
+        fitted, reason = fit_picture(placed, side, side, 512, True)
+        assert not reason
+        assert fitted.placement == fit_picture(placed, side, side, 512)[0].placement
+        assert [stage.name for stage in fitted.stages] == ["prompt", "image", "denoising", "decoding"]
+        need = {stage.name: stage.device for stage in fitted.stages}
+        work = Work(height=side, width=side)
+        own, strips = need["decoding"] - need["image"], fitted.placement.strip_levels
+        assert own == decode_activations(RELEASED, work, strips) - encode_activations(RELEASED, work, strips) > 0
+
+
+def test_an_image_that_needs_most_is_refused_for_itself() -> None:
+    """As that of a model with narrow steps does at this size, with two levels in strips."""
+    narrow, work = replace(RELEASED, dim=384), Work(height=2048, width=2048)
+    plan = make_plan(narrow, Work(height=512, width=512), card(24.5))
+    plain = predict(narrow, work, plan.budget, replace(plan.placement, strip_levels=2))
+    tight = replace(plan, budget=replace(plan.budget, device=max(stage.device for stage in plain)))
+    assert not fit_picture(tight, 2048, 2048, 512)[1]
+    fitted, reason = fit_picture(tight, 2048, 2048, 512, True)
+    assert fitted.placement.strip_levels == 2
+    assert reason.startswith("image needs ")
+    with pytest.raises(NotEnoughMemory, match=r"2048x2048 does not fit in 24\.5GB: image needs"):
+        require_fit(tight, 2048, 2048, 512, True)
+
+
+@pytest.mark.parametrize("side", [512, 1024, 1536, 2048])
+def test_the_peak_of_the_released_models_is_the_same_with_an_image(side: int) -> None:
+    """A large one may need more than its decode, but steps need more then."""
+    plan = make_plan(RELEASED, Work(height=512, width=512), card(24.5))
+    for levels in (0, 1, 2):
+        placement = replace(plan.placement, strip_levels=levels)
+        plain, with_image = (
+            max(
+                stage.device
+                for stage in predict(RELEASED, Work(height=side, width=side, from_image=one), plan.budget, placement)
+            )
+            for one in (False, True)
+        )
+        assert plain == with_image

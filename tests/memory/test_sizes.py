@@ -20,6 +20,7 @@ from zimage.memory.sizes import (
     Work,
     decode_activations,
     denoise_activations,
+    encode_activations,
     text_activations,
     widened_weight,
 )
@@ -128,3 +129,21 @@ def test_rounded_activations_are_within_what_a_step_is_planned_for(
     seen = peak(lambda: model._run_block(block, stream, grid.rotations, level.blocks[-1]))
     sizes = sizes_of_blanks(blanks(size))
     assert seen <= denoise_activations(sizes, work) + widened_weight(sizes, work)[1]
+
+
+@pytest.mark.parametrize("strip_levels", [0, 1, 2])
+@pytest.mark.parametrize(("size", "work"), WORKS)
+def test_an_encode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> None:
+    """At these sizes it needs less than a decode, so a picture that fits can also start from an image."""
+    model, sizes = blanks(size)["vae"].module, sizes_of_blanks(blanks(size))
+    cast(model, dtype=DTYPES[work.dtype])
+    shape = 1, 3, work.height, work.width
+
+    def encode() -> None:
+        image = torch.empty(shape, device="meta")
+        wide = (image * 2.0 - 1.0).to(model.dtype)
+        Autoencoder(model)._moments(wide, strip_levels)
+
+    seen = peak(encode)
+    assert encode_activations(sizes, work, strip_levels) == pytest.approx(seen, rel=0.1)
+    assert seen < decode_activations(sizes, work, strip_levels)

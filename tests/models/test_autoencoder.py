@@ -217,3 +217,54 @@ def test_every_level_survives() -> None:
     levels = torch.arange(256) / 255
     array = np.asarray(to_image(levels.expand(1, 3, 1, 256)))
     assert array[0, :, 0].tolist() == list(range(256))
+
+
+def pixels() -> Tensor:
+    return torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_encoder_has_the_bits_of_diffusers(
+    vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    own = copy.deepcopy(vae).to(dtype)
+    wide = (pixels() * 2 - 1).to(dtype)
+    with torch.no_grad():
+        theirs = own.encode(wide).latent_dist.parameters
+        monkeypatch.setattr(AutoencoderKL, "encode", lambda *_, **__: pytest.fail("encoded by diffusers"))
+        assert torch.equal(Autoencoder(own)._moments(wide), theirs)
+
+
+def test_latents_are_a_sample_of_the_encoders_distribution(vae: AutoencoderKL) -> None:
+    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        posterior = vae.encode(pixels() * 2 - 1).latent_dist
+    encoded = Autoencoder(vae).encode(pixels(), noise)
+    torch.testing.assert_close(encoded, (posterior.mean + posterior.std * noise - SHIFT) * SCALING)
+    assert not torch.allclose(encoded, Autoencoder(vae).encode(pixels(), -noise))
+    assert encoded.dtype == torch.float32
+    assert not encoded.requires_grad
+
+
+def test_a_hooked_encoder_encodes_as_its_own_class_does(vae: AutoencoderKL) -> None:
+    own, seen = copy.deepcopy(vae), list[int]()
+    plain = Autoencoder(vae).encode(pixels(), torch.zeros(1, 16, 4, 6))
+    own.encoder.down_blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(Autoencoder(own).encode(pixels(), torch.zeros(1, 16, 4, 6)), plain)
+    assert seen == [1]
+
+
+def test_an_encoder_that_overflows_is_computed_again_in_float32(vae: AutoencoderKL) -> None:
+    own = copy.deepcopy(vae)
+    with torch.no_grad():
+        own.encoder.conv_in.weight.mul_(2e5 / own.encoder.conv_in.weight.abs().max() / 4)
+    half = copy.deepcopy(own).to(torch.float16)
+    assert half.encoder.conv_in.weight.isfinite().all()
+    with torch.no_grad():
+        assert not half.encode((pixels() * 2 - 1).half()).latent_dist.parameters.isfinite().all()
+    encoded = Autoencoder(half).encode(pixels(), torch.zeros(1, 16, 4, 6))
+    assert encoded.isfinite().all()
+    with torch.no_grad():
+        own.encoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the image encoder gave NaN or infinity"):
+        Autoencoder(own).encode(pixels(), torch.zeros(1, 16, 4, 6))

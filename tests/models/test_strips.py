@@ -10,7 +10,7 @@ from zimage import ZImagePipeline
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.sizes import overlap
 from zimage.models.autoencoder import Autoencoder
-from zimage.models.strips import Statistics, decode_in_strips, norms, strips_of
+from zimage.models.strips import Statistics, decode_in_strips, encode_in_strips, norms, strips_of
 
 
 def latents(height: int, width: int) -> Tensor:
@@ -91,3 +91,30 @@ def test_a_vae_that_is_hooked_decodes_as_its_own_class_does(own_turbo: ZImagePip
     whole = Autoencoder(vae).decode(latents(8, 8), 2)
     assert torch.equal(whole, Autoencoder(vae).decode(latents(8, 8)))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("rows", [8, 24, 1000])
+def test_an_encode_in_strips_is_the_whole_one(base: ZImagePipeline, levels: int, rows: int) -> None:
+    encoder = base.autoencoder.vae.encoder
+    pixels = torch.rand(1, 3, 176, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        whole = encoder.conv_in(pixels)
+        for block in encoder.down_blocks[:levels]:
+            whole = block(whole)
+        strips = encode_in_strips(encoder, pixels, levels, rows)
+    assert strips.shape == whole.shape
+    assert (strips - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_less_memory_to_encode(base: ZImagePipeline) -> None:
+    peaks, latents = [], []
+    pixels, noise = torch.rand(1, 3, 1280, 128), torch.zeros(1, 16, 160, 16)
+    for levels in (0, 1, 2):
+        with AllocationMeter() as meter:
+            latents.append(base.autoencoder.encode(pixels, noise, levels))
+        peaks.append(meter.peak)
+    assert peaks[1] < 0.7 * peaks[0]
+    assert peaks[2] < 0.8 * peaks[1]
+    for one in latents[1:]:
+        assert (one - latents[0]).abs().max() < 1e-4 * latents[0].abs().max()

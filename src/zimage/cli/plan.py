@@ -35,6 +35,7 @@ def plan(
     ] = None,
     size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    image: Annotated[bool, typer.Option("--image", help="Also what encoding an image to start from needs.")] = False,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; a card if memory is given.")] = None,
     text_encoder: Annotated[
@@ -52,7 +53,9 @@ def plan(
     sizes = _sizes(model, transformer)
     sides = read_size(size or str(sizes.native_side), None, None)
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
-    work = Work(**sides, tokens=_tokens(tokens), dtype=_dtype(dtype))
+    work = Work(
+        height=sides["height"], width=sides["width"], tokens=_tokens(tokens), dtype=_dtype(dtype), from_image=image
+    )
     found = make_plan(
         sizes,
         work,

@@ -70,6 +70,11 @@ def _pixels(name: str, value: Any) -> Array:
             except UnidentifiedImageError:
                 known = ", ".join(FORMATS)
                 raise RequestError(f"{path} is no image that can be read; these formats are: {known}") from None
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # by its size in the header
+                limit = MAX_PIXELS / 1e6
+                raise RequestError(
+                    f"{path} is too large, or says so ({error}); up to {limit:.0f} megapixels are read"
+                ) from None
             except Exception as error:  # Pillow raises whatever a damaged file leads it to
                 raise RequestError(f"{path} cannot be read as an image: {error}") from None
             return _of_pillow(path, opened)

@@ -15,6 +15,7 @@ from .sizes import (
     Work,
     decode_activations,
     denoise_activations,
+    encode_activations,
     text_activations,
     widened_weight,
 )
@@ -24,7 +25,7 @@ STAGING = 32 << 20
 
 
 def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement) -> tuple[Stage, ...]:
-    """Peaks while the prompt is encoded, in the denoising steps, and while the picture is decoded."""
+    """Peaks while the prompt is encoded and the image, if there is one, in the denoising steps, and in the decode."""
     item, layer = work.itemsize, layers_of(sizes, work, placement)
     streams_text = placement.text_encoder == "streamed"
     slot = max(
@@ -49,8 +50,10 @@ def stage_needs(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str
     """Bytes of the device that each stage needs beside the weights."""
     text_weight, block_weight = widened_weight(sizes, work)
     text = text_activations(sizes, work) + (text_weight if placement.weights else 0)
+    image = {"image": encode_activations(sizes, work, placement.strip_levels)} if work.from_image else {}
     return {
         "prompt": 0 if placement.text_encoder == "cpu" else text,
+        **image,
         "denoising": denoise_activations(sizes, work) + (block_weight if placement.weights or sizes.packed else 0),
         "decoding": decode_activations(sizes, work, placement.strip_levels),
     }

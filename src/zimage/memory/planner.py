@@ -23,6 +23,8 @@ FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 not fit, which changes nothing; and where nothing fits at all."""
 WITH_ACTIVATIONS = ("int8", "float8")
 """What weights must be stored as for activations to be rounded to it too: what devices have products of."""
+Picture = tuple[int, int, int] | tuple[int, int, int, bool]
+"""Height, width, tokens, and whether it is from an image: what `fit_picture` takes."""
 STEP_DOWN = 0.95
 """Of what a stage was predicted to need and did not get, what the next rung may use."""
 
@@ -105,13 +107,17 @@ def follow(plan: Plan, sizes: ModelSizes, dtype: str) -> Plan:
     return replace(plan, work=work, sizes=sizes, stages=predict(sizes, work, plan.budget, plan.placement))
 
 
-def fit_picture(plan: Plan, height: int, width: int, tokens: int) -> tuple[Plan, str]:
+def fit_picture(
+    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, *, least_strips: int = 0
+) -> tuple[Plan, str]:
     """`plan` for one picture, and why it does not fit, "" if it does.
 
-    What sits where stays, and as few of the decoder's levels as the picture needs are in strips.
+    What sits where stays, and as few of the autoencoder's levels as the picture needs, but `least_strips` of them, are
+    in strips.
     """
-    work, reason = replace(plan.work, height=height, width=width, tokens=tokens), ""
-    for levels in (0, *_levels(plan.sizes)):
+    work, reason = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image), ""
+    allowed = (0, *_levels(plan.sizes))
+    for levels in allowed[min(least_strips, len(allowed) - 1) :]:
         placement = replace(plan.placement, strip_levels=levels)
         stages = predict(plan.sizes, work, plan.budget, placement)
         plan = replace(plan, work=work, placement=placement, stages=stages)
@@ -121,10 +127,10 @@ def fit_picture(plan: Plan, height: int, width: int, tokens: int) -> tuple[Plan,
     return plan, reason
 
 
-def require_fit(plan: Plan, height: int, width: int, tokens: int) -> None:
+def require_fit(plan: Plan, height: int, width: int, tokens: int, from_image: bool = False) -> None:
     """Raises `NotEnoughMemory` for a picture that does not fit in a budget that is an amount; of what is free by itself
     the most frugal decode is tried."""
-    _, reason = fit_picture(plan, height, width, tokens)
+    _, reason = fit_picture(plan, height, width, tokens, from_image)
     if reason and plan.budget.name != "auto":
         amount = plan.budget.name or "the budget"
         raise NotEnoughMemory(
@@ -132,11 +138,10 @@ def require_fit(plan: Plan, height: int, width: int, tokens: int) -> None:
         )
 
 
-def fits_beside(plan: Plan, stage: str, picture: tuple[int, int, int], current: tuple[int, int, int]) -> bool:
+def fits_beside(plan: Plan, stage: str, picture: Picture, current: Picture) -> bool:
     """Whether `stage` ("prompt", "decoding") of one picture fits beside the prompt and the steps of the `current` one.
 
-    Both are (height, width, tokens). A text encoder that passes through the device never does: its layers and the
-    blocks would take each other's places.
+    A text encoder that passes through the device never does: its layers and the blocks would take each other's places.
     """
     if stage == "prompt" and plan.placement.text_encoder == "streamed":
         return False

@@ -103,12 +103,13 @@ RELEASED = ModelSizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a plan is for: pixels of the picture, tokens of its prompt, and the precision."""
+    """What a plan is for: pixels of the picture, tokens of its prompt, precision, and whether it is from an image."""
 
     height: int = 1024
     width: int = 1024
     tokens: int = 512
     dtype: str = "bfloat16"
+    from_image: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -162,6 +163,26 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
     strip = max(convolution, norm) * rows * work.width
     source = (own * pixels // 4**strip_levels + 3 * pixels) * work.itemsize
     return max(whole, source + strip)
+
+
+def encode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:
+    """Bytes beside the weights while an image is encoded, its first `strip_levels` resolutions in strips.
+
+    The peak of a level is its second residual: the input and three tensors of its own, all with the level's channels;
+    in strips a quarter of one besides, or in a norm some channels in float32. And the image itself is there, in float32
+    and as the encoder reads it.
+    """
+    pixels, own = work.height * work.width, sizes.vae_channels[strip_levels]
+    image = 3 * (4 + work.itemsize) * pixels
+    whole = 4 * own * pixels // 4**strip_levels * work.itemsize
+    if not strip_levels:
+        return image + whole
+    first = sizes.vae_channels[0]
+    rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals - 1, strip_levels))
+    wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, first)
+    strip = max(17 * first * work.itemsize // 4, 3 * first * work.itemsize + wide) * rows * work.width
+    result = sizes.vae_channels[strip_levels - 1] * pixels // 4**strip_levels * work.itemsize
+    return image + max(whole, result + strip)
 
 
 def overlap(residuals: int, levels: int) -> int:

@@ -20,7 +20,7 @@ from torch.nn import SiLU
 from .layers import activate, is_bare
 from .pictures import add, convolved, upsample
 from .precision import finite
-from .strips import decode_in_strips
+from .strips import decode_in_strips, encode_in_strips
 
 
 class Autoencoder:
@@ -47,24 +47,25 @@ class Autoencoder:
         return (pixels * 0.5).add_(0.5).clamp_(0, 1)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, noise: Tensor, strip_levels: int = 0) -> Tensor:
         """Pixels (1, 3, 8h, 8w) of one image in [0, 1] to latents (1, 16, h, w), in float32.
 
         As in diffusers' pipelines a sample of the encoder's distribution, `mean + deviation · noise`, and of it
-        `(z - shift_factor) · scaling_factor`. Raises `NonFiniteError` if it is not finite in float32 either.
+        `(z - shift_factor) · scaling_factor`. The first `strip_levels` of the encoder's resolutions are computed in
+        strips. Raises `NonFiniteError` if it is not finite in float32 either.
         """
         config = self.vae.config
         wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
-        moments = finite(lambda: self._moments(wide), "the image encoder")
+        moments = finite(lambda: self._moments(wide, strip_levels), "the image encoder")
         posterior = DiagonalGaussianDistribution(moments.float())
         sampled = posterior.mean + posterior.std * noise
         latents: Tensor = (sampled - (config.shift_factor or 0.0)) * config.scaling_factor
         return latents.contiguous()
 
-    def _moments(self, wide: Tensor) -> Tensor:
+    def _moments(self, wide: Tensor, strip_levels: int = 0) -> Tensor:
         """The encoder's output (1, 32, h, w): mean and logarithm of the variance."""
         if _is_plain_encoder(self.vae):
-            return _encoder(self.vae.encoder, wide)
+            return _encoder(self.vae.encoder, wide, strip_levels)
         moments: Tensor = self.vae.encode(wide, return_dict=False)[0].parameters
         return moments
 
@@ -144,9 +145,9 @@ def _decoder(decoder: Any, scaled: Tensor, strip_levels: int) -> Tensor:
     return decoder.conv_out(activate(decoder.conv_norm_out, hidden))
 
 
-def _encoder(encoder: Any, wide: Tensor) -> Tensor:
-    hidden = encoder.conv_in(wide)
-    for block in encoder.down_blocks:
+def _encoder(encoder: Any, wide: Tensor, strip_levels: int) -> Tensor:
+    hidden = encode_in_strips(encoder, wide, strip_levels) if strip_levels else encoder.conv_in(wide)
+    for block in encoder.down_blocks[strip_levels:]:
         for residual in block.resnets:
             hidden = _residual(residual, hidden)
         for downsampler in block.downsamplers or ():

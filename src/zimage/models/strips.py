@@ -1,15 +1,16 @@
-"""Decodes a picture in horizontal strips, so that no tensor of the finest levels exists as a whole.
+"""Decodes and encodes a picture in horizontal strips, so that no tensor of the finest levels exists as a whole.
 
 Strips overlap by what the convolutions reach, and norms use the statistics of the whole picture, gathered in passes of
 their own: one for each norm, which computes everything before it again. So the result is that of a whole decode up to
-rounding, in a fraction of its memory and several times its time. Knows diffusers' decoder as `autoencoder` does.
+rounding, in a fraction of its memory and several times its time; so is that of an encode. Knows diffusers' decoder and
+encoder as `autoencoder` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -85,16 +86,27 @@ def decode_in_strips(decoder: Any, source: Tensor, levels: int, rows: int = STRI
     strips = list(
         strips_of(source.shape[2], max(1, rows // scale), overlap(len(decoder.up_blocks[-1].resnets), levels))
     )
-    known: list[Statistics] = []
-    for _ in range(norms(decoder, levels)):
-        parts = (_gather(_walk(decoder, source, strip, levels), known, strip) for strip in strips)
-        known.append(reduce(Statistics.merged, parts))
+    walk = partial(_walk, decoder, source, levels=levels)
+    known = _statistics(walk, strips, norms(decoder, levels))
     height, width = source.shape[2] * scale, source.shape[3] * scale
     pixels = source.new_empty(1, decoder.conv_out.out_channels, height, width)
     for strip in strips:
-        walk = _walk(decoder, source, strip, levels)
-        pixels[:, :, strip.first * scale : strip.last * scale] = strip.kept(_finish(walk, known))
+        pixels[:, :, strip.first * scale : strip.last * scale] = strip.kept(_finish(walk(strip), known))
     return pixels
+
+
+def encode_in_strips(encoder: Any, pixels: Tensor, levels: int, rows: int = STRIP) -> Tensor:
+    """What the first `levels` blocks of `encoder` make of pixels (1, 3, H, W), down to H / 2**levels rows."""
+    scale, blocks = 2**levels, encoder.down_blocks[:levels]
+    height, width = pixels.shape[2] // scale, pixels.shape[3] // scale
+    strips = list(strips_of(height, max(1, rows // scale), overlap(len(blocks[0].resnets), levels)))
+    walk = partial(_walk_down, encoder, pixels, levels=levels)
+    known = _statistics(walk, strips, sum(2 * len(block.resnets) for block in blocks))
+    shape = 1, blocks[-1].resnets[-1].out_channels, height, width
+    hidden = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
+    for strip in strips:
+        hidden[:, :, strip.first : strip.last] = strip.kept(_finish(walk(strip), known))
+    return hidden
 
 
 def norms(decoder: Any, levels: int) -> int:
@@ -109,23 +121,46 @@ def strips_of(height: int, step: int, reach: int) -> Iterator[Strip]:
         yield Strip(max(0, first - reach), min(height, last + reach), first, last)
 
 
+def _statistics(walk: Callable[[Strip], Walk], strips: Sequence[Strip], count: int) -> list[Statistics]:
+    """Of each of `count` norms in the order in which a walk asks for them, over all strips."""
+    known: list[Statistics] = []
+    for _ in range(count):
+        known.append(reduce(Statistics.merged, (_gather(walk(strip), known, strip) for strip in strips)))
+    return known
+
+
 def _walk(decoder: Any, source: Tensor, strip: Strip, levels: int) -> Walk:
     """The decoder from the source's rows of a strip on; each norm is asked for, and given what it makes."""
     blocks = decoder.up_blocks
     hidden = _upsampled(blocks[-levels - 1], source[:, :, strip.begin : strip.end])
     for block in blocks[-levels:]:
         for residual in block.resnets:
-            update = yield residual.norm1, hidden
-            update = convolve(residual.conv1, F.silu(update, inplace=True))
-            update = yield residual.norm2, update
-            update, bias = convolved(residual.conv2, F.silu(update, inplace=True))
-            if residual.conv_shortcut is None:
-                hidden = add(update, bias, hidden)
-            else:
-                hidden = add(update, bias, *convolved(residual.conv_shortcut, hidden))
+            hidden = yield from _residual(residual, hidden)
         hidden = _upsampled(block, hidden)
     hidden = yield decoder.conv_norm_out, hidden
     return decoder.conv_out(F.silu(hidden, inplace=True))
+
+
+def _walk_down(encoder: Any, pixels: Tensor, strip: Strip, levels: int) -> Walk:
+    """The encoder from the pixels of a strip, whose rows are those that leave its first `levels` blocks."""
+    scale = 2**levels
+    hidden = encoder.conv_in(pixels[:, :, strip.begin * scale : strip.end * scale])
+    for block in encoder.down_blocks[:levels]:
+        for residual in block.resnets:
+            hidden = yield from _residual(residual, hidden)
+        for downsampler in block.downsamplers:
+            hidden = downsampler(hidden)
+    return hidden
+
+
+def _residual(residual: Any, hidden: Tensor) -> Walk:
+    update = yield residual.norm1, hidden
+    update = convolve(residual.conv1, F.silu(update, inplace=True))
+    update = yield residual.norm2, update
+    update, bias = convolved(residual.conv2, F.silu(update, inplace=True))
+    if residual.conv_shortcut is None:
+        return add(update, bias, hidden)
+    return add(update, bias, *convolved(residual.conv_shortcut, hidden))
 
 
 def _chunks(norm: nn.GroupNorm, values: Tensor) -> Iterator[tuple[int, Tensor]]:
