@@ -56,7 +56,7 @@ class GenerationRequest:
         adapters: names of loaded adapters and their strengths for this picture, in place of those that the pipeline was
             set to; 1 is as trained, {} is none.
         diversity: 0 to 4: lets pictures of one prompt differ more from seed to seed, by moving the caption's features
-            in the first steps, so many of their standard deviations; 0 is off. About 1 suits Turbo.
+            in the first steps, so many of their standard deviations; 0 is off. 1 to 2 suit Turbo.
         sigmas: noise levels before the shift, descending within (0, 1], without the final 0; one per step.
         max_sequence_length: tokens of the prompt, template included, that are kept.
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.

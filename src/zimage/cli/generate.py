@@ -104,7 +104,7 @@ def generate(
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
     adapters: Lora = None,
     diversity: Annotated[
-        float | None, typer.Option(help="Let pictures differ more from seed to seed; about 1 for Turbo, 0 is off.")
+        float | None, typer.Option(help="Let pictures differ more from seed to seed; 1 to 2 for Turbo, 0 is off.")
     ] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,

@@ -12,8 +12,7 @@ from torch import Tensor
 from .noise import seeded_noise
 
 SHARE = 8
-"""One of so many steps, and at least the first, is taken with moved features: of Turbo's eight the first, after which
-on `demo-turbo` more than one changed adherence and not what is drawn (docs/demo.md)."""
+"""One of so many steps, and at least the first, is taken with moved features: of Turbo's eight the first."""
 _MIX, _APART = 2654435761, 97
 """The multiplier of Knuth (The Art of Computer Programming, 6.4) is odd, so different seeds stay so; the noise is not
 that which a picture starts from."""
