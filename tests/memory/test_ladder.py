@@ -60,6 +60,11 @@ def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage.memory.ladder.gc.collect", lambda: 0)
 
 
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("small") / "model", size="small")
+
+
 def load(folder: Path, dtype: str = "float32", **options: Any) -> ZImagePipeline:
     return ZImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype, **options)
 
@@ -171,9 +176,9 @@ def test_memory_that_is_gone_at_any_allocation_is_done_without(folder: Path, mon
     assert stages == {"prompt", "image", "denoising", "decoding"}
 
 
-def test_a_device_that_is_too_small_is_made_do_with(shallow_folder: Path) -> None:
+def test_a_device_that_is_too_small_is_made_do_with(small_folder: Path) -> None:
     """By evicting the text encoder: the same bits, the rung is kept, and output and plan say so."""
-    pipe = load(shallow_folder)
+    pipe = load(small_folder)
     expected = pixels(pipe, **LARGE)
     with device(pipe) as roomy:
         pixels(pipe, **LARGE)
@@ -195,8 +200,8 @@ def test_a_device_that_is_too_small_is_made_do_with(shallow_folder: Path) -> Non
     assert all(parameter.is_meta for parameter in pipe.text_encoder.model.layers.parameters())
 
 
-def test_a_decode_that_does_not_fit_is_done_in_strips(shallow_folder: Path) -> None:
-    pipe = load(shallow_folder)
+def test_a_decode_that_does_not_fit_is_done_in_strips(small_folder: Path) -> None:
+    pipe = load(small_folder)
     pipe.enable_sequential_cpu_offload()  # all else that helps is done already
     expected = pixels(pipe, **WIDER)
     latents = draw(pipe, **WIDER, output_type="latent").images
@@ -265,8 +270,8 @@ def test_loading_steps_down_too(folder: Path) -> None:
         load(folder)
 
 
-def test_a_stream_steps_down_too(shallow_folder: Path) -> None:
-    pipe = load(shallow_folder)
+def test_a_stream_steps_down_too(small_folder: Path) -> None:
+    pipe = load(small_folder)
     expected = pixels(pipe, **LARGE)
     with device(pipe) as roomy:
         pixels(pipe, **LARGE)
