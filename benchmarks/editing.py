@@ -1,26 +1,32 @@
-"""What the models that come along do to images: the tables of docs/demo.md on inpainting, outpainting and strength.
+"""What the models that come along do to pictures: the tables of docs/demo.md on inpainting and strength.
 
-Images are scenes of the drawn world, of a stream that no training used; picture k has the seed k. What is in a picture
-is read by `zimage.training.judge`.
+A model draws captions that are held out from training (`zimage.training.captions.evaluation_captions`), and those
+pictures that the judge reads as asked, until there are `--count`, are changed by the same model. Caption and picture k
+have the seed `--seed` + k. "single" captions name one object and all about it, "pair" captions two and their relation.
 
-- inpainting: a box around one object is repainted, and the caption gives that object another colour. "colour": one
-  has it and none has the old one. "as asked" is the whole caption, with shape and size; "outside" counts values of
-  pixels outside the box that changed.
-- outpainting: 32 pixels are added on either side of a scene of one object, described by its caption.
-- strength: the image is a scene of two objects, the caption describes another one. "layout" is the overlap of what is
-  coloured in both, over their union; "change" the mean difference in levels of 255.
+- inpainting: the box around the first object that is named, `--border` pixels wider and then out to the latents' grid,
+  is repainted by a caption that gives this object another colour. "colour": the judge reads something of the new colour
+  with its middle in the box, and nothing of the old one. "as asked": the picture is as the whole caption says.
+  "masked" is the boxes' share of the pictures, "outside" counts values of pixels outside them that changed.
+- strength: a picture of a pair becomes that of the next one's caption. Of the objects of the picture before, "place" is
+  the share that has an object after within 16 pixels of its middle, and "colour" the share that has one of its own
+  colour there. "change" is the mean difference in levels of 255.
 
-    python benchmarks/editing.py [--tables inpainting,strength] [--count 100] [--output benchmarks/results]
+    python benchmarks/editing.py --output benchmarks/results
+    python benchmarks/editing.py [--tables inpainting] [--models demo] [--count 100] [--seed 0] [--strengths 0.4,1]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +37,36 @@ import torch
 from zimage import ZImagePipeline
 from zimage.bench.report import write
 from zimage.training import judge
-from zimage.training.captions import phrase
-from zimage.training.scenes import draw_scene, render
-from zimage.training.world import COLOURS, Claims, ObjectClaim, Scene
+from zimage.training.captions import evaluation_captions, phrase
+from zimage.training.world import COLOURS, Claims
 from zimage.variants import DEMOS
 
 Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
-STREAM = 90_210
-STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
-MASKED_STRENGTHS = (0.4, 0.5, 0.6, 1.0)
-GRID, BORDER, ADDED = 8, 8, 32
+GRID, NEAR = 8, 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture that is as its caption asks."""
+
+    seed: int
+    claims: Claims
+    pixels: Pixels
+    reading: judge.Reading
+
+    def rng(self) -> np.random.Generator:
+        """What else about it is drawn with."""
+        return np.random.default_rng(self.seed)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be asked for."""
+
+    strengths: tuple[float, ...]
+    keeps: tuple[bool, ...]
+    border: int
 
 
 def main() -> None:
@@ -49,148 +74,139 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--models", default=",".join(DEMOS))
-    parser.add_argument("--count", type=int, default=100, help="images of each row")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of captions for inpainting")
+    parser.add_argument("--count", type=int, default=100, help="pictures of each row")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture, and of the order of captions")
+    parser.add_argument("--strengths", default="0.2,0.4,0.6,0.8,1.0")
+    parser.add_argument("--border", type=int, default=32, help="pixels around an object that are repainted too")
+    parser.add_argument("--output", type=Path, help="folder for the figures, as JSON")
     arguments = parser.parse_args()
     if unknown := set(arguments.tables.split(",")) - set(TABLES):
         parser.error(f"there are no tables {', '.join(sorted(unknown))}; choose from {', '.join(TABLES)}")
-    pipes = {name: ZImagePipeline.from_pretrained(name, device="cpu") for name in arguments.models.split(",")}
-    report: Row = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "models": {name: pipe.model["fingerprint"] for name, pipe in pipes.items()},
-        "count": arguments.count,
-    }
-    for table in arguments.tables.split(","):
-        print(f"\n{table}\n")
-        report[table] = []
-        for name, pipe in pipes.items():
-            for row in TABLES[table](pipe, arguments.count):
-                report[table].append({"model": name, **row})
-                print("  ".join(f"{key} {value}" for key, value in report[table][-1].items()), flush=True)
-        if arguments.output:
-            write(report, arguments.output, f"editing-cpu-{report['date']}")
+    for name in arguments.models.split(","):
+        pipe = ZImagePipeline.from_pretrained(name, device="cpu")
+        keeps = (False, True) if pipe.variant.num_inference_steps < 10 else (False,)  # of 50 it leaves enough
+        settings = Settings(tuple(map(float, arguments.strengths.split(","))), keeps, arguments.border)
+        found: dict[str, list[Source]] = {}
+        for table in arguments.tables.split(","):
+            rows = []
+            for kind in arguments.kinds.split(",") if table == "inpainting" else ("pair",):
+                if kind not in found:
+                    found[kind] = list(sources(pipe, kind, arguments.count, arguments.seed))
+                for row in TABLES[table](pipe, found[kind], settings):
+                    rows.append({"captions": kind, "count": arguments.count, "seed": arguments.seed, **row})
+                    print(
+                        f"{name} {table}: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True
+                    )
+            if arguments.output:
+                keep(arguments.output, f"{table}, {name}", {"model": pipe.model["fingerprint"], "rows": rows})
 
 
-def of_inpainting(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
-    """Scenes of one object, and of two of which one is repainted."""
-    for objects in (1, 2):
-        for strength in MASKED_STRENGTHS:
-            options = {"strength": strength, "keep_steps": few_steps(pipe)}
-            whole, colour, outside = [], [], 0
-            for number, (scene, rng) in enumerate(scenes(objects, count)):
-                image, old = render(scene), scene.objects[0].colour
-                wanted = str(rng.choice([one for one in COLOURS if all(one != seen.colour for seen in scene.objects)]))
-                changed = replace(scene, objects=(replace(scene.objects[0], colour=wanted), *scene.objects[1:]))
-                mask = around(image, old)
-                made = draw(pipe, changed, rng, number, image=image, mask_image=mask, **options)
-                outside += int((made != image)[~mask].sum())
-                reading = judge.read(made)
-                colours = {seen.colour for seen in reading.objects}
-                colour.append(wanted in colours and old not in colours)
-                whole.append(judge.agrees(reading, claims_of(changed)))
-            yield {"objects": objects, **options, "colour": percent(colour), "as asked": percent(whole)} | {
-                "outside": outside
-            }
+def keep(folder: Path, name: str, result: Row) -> None:
+    """Put a table's figures into today's file."""
+    title = f"editing-cpu-{date.today().isoformat()}"
+    file = folder / f"{title}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    machine = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    write(results | {name: {**machine, **result}}, folder, title)
 
 
-def of_outpainting(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
-    """Scenes of one object with room on either side."""
-    right, outside = [], 0
-    for number, (scene, rng) in enumerate(scenes(1, count, canvas=(96, 160))):
-        image = render(scene)
-        made = draw(pipe, scene, rng, number, image=image, padding=(ADDED, 0, ADDED, 0))
-        outside += int((made[:, ADDED:-ADDED] != image).sum())
-        claims = claims_of(scene)
-        only = replace(claims.objects[0], size=None)  # which goes with the size of the picture
-        right.append(judge.agrees(judge.read(made), replace(claims, objects=(only,))))
-    yield {"as asked": percent(right), "outside": outside}
+def of_inpainting(pipe: ZImagePipeline, found: Sequence[Source], settings: Settings) -> Iterator[Row]:
+    """Another colour for an object."""
+    for keep_steps, strength in asked_strengths(settings):
+        colour, whole, shares, outside = [], [], [], 0
+        for source in found:
+            rng, first = source.rng(), source.claims.objects[0]
+            taken = {one.colour for one in source.claims.objects}
+            wanted = str(rng.choice([one for one in COLOURS if one not in taken]))
+            claims = replace(source.claims, objects=(replace(first, colour=wanted), *source.claims.objects[1:]))
+            mask = around(source, first.colour, settings.border)
+            options = {"strength": strength, "keep_steps": keep_steps, "mask_image": mask}
+            made = change(pipe, source, phrase(claims, rng, "en"), options)
+            seen = judge.read(made)
+            there = {one.colour for one in seen.objects if mask[round(one.centre[1]), round(one.centre[0])]}
+            colour.append(wanted in there and first.colour not in {one.colour for one in seen.objects})
+            whole.append(judge.agrees(seen, claims))
+            shares.append(float(mask.mean()))
+            outside += int((made != source.pixels)[~mask].sum())
+        yield {
+            "border": settings.border, "masked": round(100 * statistics.mean(shares), 1),
+            "keep_steps": keep_steps, "strength": strength,
+            "steps": steps_of(pipe, found[0], options), "colour": percent(colour), "as asked": percent(whole),
+            "outside": outside,
+        }  # fmt: skip
 
 
-def of_strength(pipe: ZImagePipeline, count: int) -> Iterator[Row]:
-    """Steps as they are, and kept where that makes a difference."""
-    for keep_steps in (False, True) if few_steps(pipe) else (False,):
-        for strength in STRENGTHS:
-            layouts, changes, right, steps = [], [], [], 0
-            pairs = zip(scenes(2, count), scenes(2, count, stream=STREAM + 1), strict=True)
-            for number, ((scene, _), (other, rng)) in enumerate(pairs):
-                image = render(scene)
-                options = {"image": image, "strength": strength, "keep_steps": keep_steps}
-                made = draw(pipe, other, rng, number, **options)
-                layouts.append(overlap(image, made))
-                changes.append(float(np.abs(made.astype(int) - image).mean()))
-                right.append(judge.agrees(judge.read(made), claims_of(other)))
-                steps = steps_of(pipe, options)
-            yield {
-                "keep_steps": keep_steps,
-                "strength": strength,
-                "steps": steps,
-                "layout": round(statistics.mean(layouts), 2),
-                "change": round(statistics.mean(changes), 1),
-                "as asked": percent(right),
-            }
+def of_strength(pipe: ZImagePipeline, found: Sequence[Source], settings: Settings) -> Iterator[Row]:
+    """Another caption for a picture."""
+    for keep_steps, strength in asked_strengths(settings):
+        options = {"strength": strength, "keep_steps": keep_steps}
+        place, colour, changes, whole = [], [], [], []
+        for source, other in zip(found, [*found[1:], found[0]], strict=True):
+            made = change(pipe, source, phrase(other.claims, source.rng(), "en"), options)
+            seen = judge.read(made)
+            for one in source.reading.objects:
+                near = [after.colour for after in seen.objects if math.dist(after.centre, one.centre) <= NEAR]
+                place.append(bool(near))
+                colour.append(one.colour in near)
+            changes.append(float(np.abs(made.astype(int) - source.pixels).mean()))
+            whole.append(judge.agrees(seen, other.claims))
+        yield {
+            "keep_steps": keep_steps, "strength": strength, "steps": steps_of(pipe, found[0], options),
+            "place": percent(place), "colour": percent(colour), "change": round(statistics.mean(changes), 1),
+            "as asked": percent(whole),
+        }  # fmt: skip
 
 
-TABLES: dict[str, Callable[[ZImagePipeline, int], Iterator[Row]]] = {
+TABLES: dict[str, Callable[[ZImagePipeline, Sequence[Source], Settings], Iterator[Row]]] = {
     "inpainting": of_inpainting,
-    "outpainting": of_outpainting,
     "strength": of_strength,
 }
+KINDS = ("single", "pair")
 
 
-def scenes(
-    objects: int, count: int, *, stream: int = STREAM, canvas: tuple[int, int] = (128, 128)
-) -> Iterator[tuple[Scene, np.random.Generator]]:
-    """Scenes of so many objects, two beside each other, and what is drawn with next."""
-    index = found = 0
-    while found < count:
-        rng = np.random.default_rng([stream, objects, index])
-        scene = draw_scene(rng, objects=objects, canvas=canvas)
-        index += 1
-        if all(relation != "inside" for _, relation, _ in scene.relations):
+def sources(pipe: ZImagePipeline, kind: str, wanted: int, seed: int) -> Iterator[Source]:
+    """So many pictures of captions of a kind that are as asked; the others are passed over."""
+    captions, found = evaluation_captions(kind, 10 * wanted, seed), 0
+    for number in count():
+        if found == wanted:
+            break
+        text, claims = captions[number]
+        pixels = np.asarray(pipe(text, seed=seed + number, progress=False).images[0])
+        reading = judge.read(pixels)
+        if judge.agrees(reading, claims):
             found += 1
-            yield scene, rng
+            yield Source(seed + number, claims, pixels, reading)
+    print(f"{wanted} pictures of {number} are as their {kind} captions ask", flush=True)
 
 
-def few_steps(pipe: ZImagePipeline) -> bool:
-    """Whether a model has so few steps that it matters to keep them."""
-    return pipe.variant.num_inference_steps < 10
+def asked_strengths(settings: Settings) -> Iterator[tuple[bool, float]]:
+    """Pairs of `keep_steps` and strength; at 1 it changes nothing to keep them."""
+    for keep_steps in settings.keeps:
+        yield from ((keep_steps, strength) for strength in settings.strengths if strength < 1 or not keep_steps)
 
 
-def claims_of(scene: Scene) -> Claims:
-    """All there is to say of a scene."""
-    objects = tuple(ObjectClaim(shape=one.shape, colour=one.colour, size=one.size) for one in scene.objects)
-    return Claims(objects=objects, relations=scene.relations[:1], background=scene.background)
+def change(pipe: ZImagePipeline, source: Source, caption: str, options: Row) -> Pixels:
+    """The picture that becomes of it, with another seed's noise."""
+    seed = 2**31 + source.seed
+    return np.asarray(pipe(caption, image=source.pixels, seed=seed, progress=False, **options).images[0])
 
 
-def draw(pipe: ZImagePipeline, scene: Scene, rng: np.random.Generator, seed: int, **options: Any) -> Pixels:
-    """A picture from an image, with the caption of `scene`."""
-    caption = phrase(claims_of(scene), rng, "en")
-    return np.asarray(pipe(caption, seed=seed, progress=False, **options).images[0])
-
-
-def steps_of(pipe: ZImagePipeline, options: Row) -> int:
-    """Denoising steps of such a call."""
-    (request,) = pipe("", seed=0, progress=False, output_type="latent", **options).requests
+def steps_of(pipe: ZImagePipeline, source: Source, options: Row) -> int:
+    """Denoising steps of such a change."""
+    (request,) = pipe("", image=source.pixels, seed=0, progress=False, output_type="latent", **options).requests
     return request.steps
 
 
-def around(image: Pixels, colour: str) -> npt.NDArray[np.bool_]:
+def around(source: Source, colour: str | None, border: int) -> npt.NDArray[np.bool_]:
     """A mask of the box around the object of a colour, out to the grid of the latents."""
-    (seen,) = (one for one in judge.read(image).objects if one.colour == colour)
+    (seen,) = (one for one in source.reading.objects if one.colour == colour)
     left, top, right, bottom = seen.box
-    mask = np.zeros(image.shape[:2], dtype=bool)
-    low = [max(0, side - BORDER) // GRID * GRID for side in (top, left)]
-    high = [-(-(side + BORDER) // GRID) * GRID for side in (bottom, right)]
+    mask = np.zeros(source.pixels.shape[:2], dtype=bool)
+    low = [max(0, side - border) // GRID * GRID for side in (top, left)]
+    high = [-(-(side + border) // GRID) * GRID for side in (bottom, right)]
     mask[low[0] : high[0], low[1] : high[1]] = True
     return mask
-
-
-def overlap(one: Pixels, other: Pixels) -> float:
-    """Of what is coloured in either picture, the share that is in both."""
-    first, second = (np.ptp(picture.astype(int), axis=2) >= judge.SURE_CHROMA for picture in (one, other))
-    return float((first & second).sum() / max(1, (first | second).sum()))
 
 
 def percent(right: Sequence[bool]) -> float:

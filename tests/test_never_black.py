@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage import GenerationRequest, NonFiniteError, ZImagePipeline
+from zimage.models.transformer import ROWS
 from zimage.sampling.samplers import SAMPLERS
 
 STEPS = 3
@@ -39,7 +40,7 @@ EACH_LEVEL = (
     *(f"{block}.adaLN_modulation.0" for block in MODULATED), "t_embedder.mlp.0", "t_embedder.mlp.2",
     "all_final_layer.2-1.adaLN_modulation.1",
 )  # fmt: skip
-"""Run for every noise level, before the first step."""
+"""Run for all noise levels at once, a row for each, before the first step."""
 LAST = "all_final_layer.2-1.linear"
 LAYERS = (*ONCE, *EACH_STEP, *EACH_LEVEL, LAST)
 
@@ -64,15 +65,15 @@ def only(number: int) -> Fault:
 
 
 @contextmanager
-def fault(layer: nn.Module, hit: Fault, value: float = math.nan) -> Iterator[list[torch.dtype]]:
-    """`value` in one place of the layer's output, where `hit` says; lists the types of all its outputs."""
+def fault(layer: nn.Module, hit: Fault, value: float = math.nan, row: int = 0) -> Iterator[list[torch.dtype]]:
+    """`value` in one place of a row of the layer's output, where `hit` says; lists the types of all its outputs."""
     types: list[torch.dtype] = []
 
     def damage(module: Any, inputs: Any, output: Tensor) -> Tensor:
         types.append(output.dtype)
         if hit(len(types) - 1, output):
             output = output.clone()
-            output[(0,) * output.ndim] = value
+            output[(row, *(0,) * (output.ndim - 1))] = value
         return output
 
     hook = layer.register_forward_hook(damage)
@@ -133,7 +134,7 @@ def test_a_passing_fault_changes_no_bit(turbo: ZImagePipeline, expected: Tensor,
     """In float32 the second try is the same computation."""
     with fault(turbo.transformer.get_submodule(name), only(0)) as types:
         assert torch.equal(latents(turbo), expected)
-    assert len(types) > (1 if name in ONCE else STEPS)
+    assert len(types) > (1 if name in (*ONCE, *EACH_LEVEL) else STEPS)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -149,11 +150,19 @@ def test_a_fault_of_half_precision_is_overcome(half: ZImagePipeline, expected: T
 @pytest.mark.parametrize("name", [*EACH_LEVEL, "noise_refiner.0.attention.to_q", "layers.1.feed_forward.w2", LAST])
 def test_faults_at_each_step(turbo: ZImagePipeline, expected: Tensor, name: str, step: int) -> None:
     layer = turbo.transformer.get_submodule(name)
-    with fault(layer, only(step)):
+    call, row = (0, step) if name in EACH_LEVEL else (step, 0)
+    with fault(layer, only(call), row=row):
         assert torch.equal(latents(turbo), expected)
     for value in (math.nan, math.inf):
-        with fault(layer, since(step), value):
+        with fault(layer, since(call), value, row=row):
             refused(turbo)
+
+
+@pytest.mark.parametrize("name", EACH_LEVEL)
+def test_levels_that_only_fill_up_are_read_by_nobody(turbo: ZImagePipeline, expected: Tensor, name: str) -> None:
+    with fault(turbo.transformer.get_submodule(name), always, row=ROWS - 1) as types:
+        assert torch.equal(latents(turbo), expected)
+    assert len(types) == 1
 
 
 @pytest.mark.parametrize("step", range(STEPS))
