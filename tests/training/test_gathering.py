@@ -80,7 +80,9 @@ def test_the_student_is_wrong_and_its_teacher_right(
     through: Corrections, teacher: Painter, student: Path, size: ModelSize
 ) -> None:
     changed, kept = through.changed, through.kept
-    assert 3 <= len(changed.captions) == len(changed.latents) == len(kept.latents) < 5
+    assert 3 <= len(changed.captions) == len(changed.latents) < 5
+    # As many are kept, unless a round of two has fewer: what is right here goes by the last bits.
+    assert 2 <= len(kept.captions) == len(kept.latents) <= len(changed.latents)
     assert through.wrong == 2 * through.rounds < through.drawn
     pipe = ZImagePipeline.from_pretrained(student, dtype="float32", device="cpu")
     pupil = Painter(size).transformer.requires_grad_(False)
