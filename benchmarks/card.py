@@ -1,9 +1,10 @@
 """The released sizes on a card, all cases in one process on one set of random weights: the table of docs/speed.md.
 
 A case is a measurement of `zimage.bench`: both sides in turn, equal work and results or an error. Weights are made once
-(20 GB on the card); cases that compile come last, because diffusers' blocks stay compiled. `--output` keeps the result
-of each case as soon as it is there, so that a run that is cut short loses nothing. Then a picture of the base model's
-whole recipe is drawn by diffusers, by zimage and by zimage with `cache="balanced"`, in turn (`recipe`).
+(20 GB on the card). Diffusers' blocks stay compiled once they are, so what compiles comes last, whatever order is asked
+for. `--output` keeps the result of each case as soon as it is there, so that a run that is cut short loses nothing. In
+`recipe` a picture of the base model's whole recipe is drawn by diffusers, by zimage and by zimage with
+`cache="balanced"`, in turn.
 
     python benchmarks/card.py [--cases 1024,512,256] [--rounds 10] [--device cuda] [--output benchmarks/results]
 """
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    names = arguments.cases.split(",")
+    names = sorted(arguments.cases.split(","), key=compiles)
     unknown = {name.partition(":")[0] for name in names} - {*CASES, RECIPE}
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join([*CASES, RECIPE])}")
@@ -81,6 +82,11 @@ def main() -> None:
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def compiles(name: str) -> bool:
+    """Whether a case leaves diffusers' blocks compiled."""
+    return CASES.get(name.partition(":")[0], {}).get("compile", False)
 
 
 def measure(name: str, built: Any, arguments: argparse.Namespace) -> str:

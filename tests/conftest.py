@@ -98,6 +98,22 @@ def small() -> dict[str, Any]:
     return {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 2}
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched; needs Triton."""
+    from zimage.kernels import fused
+
+    names: list[str] = []
+    launch = fused._launch
+
+    def note(kernel: Any, *args: Any, **constants: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(fused, "_launch", note)
+    return names
+
+
 @pytest.fixture(scope="session")
 def count_forwards() -> CountForwards:
     """Counts forward calls of every module of a pipeline, by "evaluation" (of the transformer), "text" (encodings of a

@@ -43,20 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint(tmp_path_factory.mktemp("gpu") / "small", size="small", variant="base")
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that are launched."""
-    names: list[str] = []
-    launch = fused._launch
-
-    def note(kernel: Any, *args: Any, **constants: Any) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *args, **constants)
-
-    monkeypatch.setattr(fused, "_launch", note)
-    return names
-
-
 def calls(dtype: torch.dtype) -> Calls:
     """What a block does between its matrix products, at the released widths; each may be called again."""
     generator = torch.Generator("cuda").manual_seed(0)

@@ -5,7 +5,7 @@ Without Triton there is nothing here to collect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,3 +44,25 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return bits[str(target)](torch.from_numpy(np.array(values)))
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def noise(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Normal numbers of a shape, on the device and in a type, the same in each run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return make
+
+
+@pytest.fixture
+def picture_noise(noise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same, pictures (B, C, H, W) with their channels side by side."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        values = noise(*shape, dtype=dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    return make

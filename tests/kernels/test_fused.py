@@ -22,16 +22,6 @@ EPS = 1e-5
 
 
 @pytest.fixture
-def noise(device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
-@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.dtype]]:
     """The types of the tensors of every launch."""
     seen: list[list[torch.dtype]] = []

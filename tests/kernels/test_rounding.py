@@ -20,16 +20,6 @@ KINDS = ["int8", "float8"]
 EPS = 1e-5
 
 
-@pytest.fixture
-def noise(device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def plain(hidden: Tensor, kind: str) -> Quantized:
     with using("off"):
         rows = rounded(hidden, kind)

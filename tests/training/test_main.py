@@ -114,9 +114,13 @@ def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp
     assert [line["step"] for line in lines] == [1, 2]
     assert json.loads(read_state(tmp_path / "turbo")[1]["stage"])["correction_share"] == 1.0
     assert 0 < lines[0]["loss"] < 0.5  # the demo goes nearly where its teacher does
-    run(monkeypatch, "export", tmp_path, "--teacher", "demo", "--variant", "turbo")
+    export = ("export", tmp_path, "--teacher", "demo", "--variant", "turbo")
+    run(monkeypatch, *export)
     student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", "demo"))
     assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
+    run(monkeypatch, *export, "--between", "demo-turbo")
+    half_way = last_layer(tmp_path / "demo-turbo")
+    assert (half_way - (student + earlier) / 2).norm() < 0.1 * (student - earlier).norm()  # in bfloat16
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,7 @@ def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp
         (["latents", "nowhere", "--steps", "3"], "unrecognized arguments: --steps 3"),
         (["evaluate", "nowhere", "--model", "demo", "--variant", "turbo"], "--model names one; drop one"),
         (["paint", "nowhere"], "invalid choice: 'paint'"),
+        (["export", "nowhere", "--between", "demo-turbo"], "--between is of two turbos"),
         (
             ["gather", "nowhere", "--teacher", "demo", "--resume"],
             "corrections.safetensors is missing; run the stage `gather` first",

@@ -13,7 +13,7 @@ from torch import nn
 from zimage import CheckpointError, RequestError
 from zimage.training.config import ModelSize, Stage
 from zimage.training.models import Painter
-from zimage.training.state import STATE, TrainingState, average_of, ema_decay, rate_factor, step_generator
+from zimage.training.state import STATE, TrainingState, average_of, between, ema_decay, rate_factor, step_generator
 
 STAGE = Stage(steps=100, batch=1, learning_rate=0.1, warmup=10, decay=0.5, ema_decay=0.9)
 WITH_MUON = replace(STAGE, matrix_rate=0.2)
@@ -151,3 +151,13 @@ def test_what_a_step_draws_depends_on_seed_step_and_purpose() -> None:
     }
     assert len(set(draws.values())) == 4
     assert tuple(torch.randn(4, generator=step_generator(0, 1, "a")).tolist()) == draws[0, 1, "a"]
+
+
+def test_half_way_between_two_models() -> None:
+    first = {"one": torch.tensor([0.0, 2.0]), "two": torch.tensor([4.0]).bfloat16()}
+    second = {"one": torch.tensor([1.0, 2.0]), "two": torch.tensor([0.0])}
+    made = between(first, second)
+    assert {name: values.tolist() for name, values in made.items()} == {"one": [0.5, 2.0], "two": [2.0]}
+    assert made["two"].dtype == torch.float32
+    with pytest.raises(CheckpointError, match="the two models have other parts: three"):
+        between(first, second | {"three": second["one"]})

@@ -1,9 +1,9 @@
-"""Starts Triton's kernels, from the second time on without Triton's own preparation, which takes longer than most run.
+"""Starts Triton's kernels, from the second time on without Triton's own preparation.
 
-Triton looks at every argument and composes a text of all that a kernel was compiled for, at each call: 50 to 100 us on
-the host, while a small kernel runs for 3. What that can depend on here is compared directly: constants, types, which
-tensors are absent or start at no multiple of 16 bytes, and the device. Integers are never compiled in (each kernel says
-so). Knows no kernel; importing it needs Triton.
+Triton looks at every argument and composes all that a kernel was compiled for, at each call, while a small picture
+waits for the host alone. What that can depend on here is compared directly: constants, types, which tensors are absent
+or start at no multiple of 16 bytes, and the device. Integers are never compiled in (each kernel says so). Knows no
+kernel; importing it needs Triton.
 """
 
 from __future__ import annotations

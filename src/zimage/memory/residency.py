@@ -117,9 +117,9 @@ class Residency:
             if layer in self._layers:
                 self._hooks.append(layer.register_forward_pre_hook(self._enter))
                 self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))
-                self._models["text_encoder"].hold = self._hold
         if self._layers:
-            self._models["transformer"].hold = self._hold
+            for model in self._models.values():
+                model.hold = self._hold
 
     def _unwire(self) -> None:
         for hook in self._hooks:
