@@ -79,7 +79,7 @@ def test_the_second_launch_is_not_prepared() -> None:
     "change",
     [
         {"first": card(dtype=torch.float16)}, {"first": card(address=(1 << 20) + 8)}, {"second": None},
-        {"second": card(dtype=torch.int8)}, {"second": card(address=(1 << 20) + 4)}, {"count": 2**31},
+        {"second": card(dtype=torch.int8)}, {"second": card(address=(1 << 20) + 4)}, {"count": 2**31}, {"eps": None},
         {"rows": 4}, {"num_warps": 8}, {"width": 32},
     ],
     ids=str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
+from zimage.kernels.switch import using
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.plan import Plan
 from zimage.memory.planner import fit_picture
+from zimage.models import qwen
+from zimage.models.text_encoder import TextEncoder
 from zimage.testing import build_checkpoint
 
 PICTURE: dict[str, Any] = {
@@ -215,3 +219,18 @@ def test_a_picture_decodes_in_as_many_strips_as_it_needs(
 def test_an_amount_is_checked_before_anything_is_fetched() -> None:
     with pytest.raises(RequestError, match="memory must be 'auto' or an amount like '16GB' or '12GiB', got 'much'"):
         ZImagePipeline.from_pretrained("nobody/nothing", memory="much", local_files_only=True)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_text_encoder_that_passes_through_computes_as_one_that_stays(folder: Path, resident: ZImagePipeline) -> None:
+    """Also between fused kernels, for which its layers' hooks are no hindrance."""
+    pipe = load(folder, planned(resident, text_encoder="streamed"))
+    assert qwen.is_plain(pipe.text_encoder.model)
+    tokens = pipe.text_encoder.tokenize("a fox in the snow", 64)
+    with using("on"):
+        streamed, stayed = (
+            TextEncoder(one.text_encoder.model, one.text_encoder.tokenizer, one.text_encoder.device).encode(tokens)
+            for one in (pipe, resident)
+        )
+    assert torch.equal(streamed, stayed)
+    pipe.close()

@@ -174,6 +174,7 @@ CHANGES = {
     "a forward": lambda model: setattr(model.layers[0].self_attn, "forward", print),
     "a norm at the end": lambda model: setattr(model, "norm", nn.LayerNorm(48)),
     "another class": other_class,
+    "another norm": lambda model: setattr(model.layers[1], "input_layernorm", nn.RMSNorm(48)),
     "another activation": lambda model: setattr(model.layers[0].mlp, "act_fn", nn.GELU()),
     "sliding windows": lambda model: setattr(model, "has_sliding_layers", True),
     "training": lambda model: model.train(),
