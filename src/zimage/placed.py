@@ -18,6 +18,7 @@ from . import runtime
 from .checkpoint.load import Components
 from .checkpoint.sizes import sizes_of_models
 from .errors import NotEnoughMemory, RequestError
+from .kernels.switch import used
 from .memory.budget import find_budget, peak_memory
 from .memory.ladder import Attempt, is_out_of_memory, release, with_less
 from .memory.plan import Plan
@@ -151,15 +152,17 @@ class Placed:
 
     @property
     def compiled(self) -> bool:
-        """Whether `compile` was called, and compiling did not fail."""
-        return is_compiled(self.transformer)
+        """Whether the transformer's block is compiled, or will be: `compile` was called, compiling did not fail, and no
+        kernels of the library compute it."""
+        return is_compiled(self.transformer) and not used(self.device)
 
     def compile(self, cuda_graphs: bool = False) -> Self:
         """Let torch compile the transformer's block when it is first used: once, for all blocks, sizes and prompts.
 
-        Pictures are then the same within rounding, and from run to run to the bit. Where compiling fails, a warning
-        says why and all goes on uncompiled; `RequestError` where torch has no compiler. Returns the pipeline itself; a
-        second call changes nothing.
+        Where the library's kernels compute the block (CUDA with Triton), faster than what torch makes of it, they go on
+        and nothing changes. Elsewhere pictures are the same within rounding, and from run to run to the bit. Where
+        compiling fails, a warning says why and all goes on uncompiled; `RequestError` where torch has no compiler.
+        Returns the pipeline itself; a second call changes nothing.
 
         With `cuda_graphs` forwards of up to 2048 tokens (512 x 512 pixels and the prompt) are recorded besides, once
         for each size and 32 tokens of prompt, and launched as one; this changes no bits. `RequestError` off CUDA.
@@ -167,7 +170,7 @@ class Placed:
         with self._turn:
             if cuda_graphs and self.device.type != "cuda":
                 raise RequestError(f"CUDA graphs need a CUDA device, this pipeline is on {self.device}; leave them out")
-            self._compiles = self._compiles or not self.compiled
+            self._compiles = self._compiles or not is_compiled(self.transformer)
             compile_blocks(self.transformer)
             if cuda_graphs:
                 use_graphs(self.transformer)

@@ -202,8 +202,9 @@ def test_recorded_forwards_are_counted_too(variant: str) -> None:
     assert cosine is not None
     assert cosine > 0.999
     assert bench.pipe.transformer.denoise == denoise
-    assert measure._blocks(bench.pipe) == "eager"
+    assert measure._blocks(bench.pipe, bench.settings) == "CUDA graphs"
     drop_graphs(bench.pipe.transformer)
+    assert measure._blocks(bench.pipe, bench.settings) == "eager"
     assert not any(module._forward_pre_hooks for module in bench.pipe.transformer.modules())
 
 
@@ -257,3 +258,12 @@ def test_a_model_that_is_there(only: str | None) -> None:
     assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
     assert report.stages[0].zimage.evaluations == 2
     assert (report.stages[0].diffusers is None) == (only == "zimage")
+
+
+def test_how_blocks_were_run(turbo: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled ones are said, and kernels that go on beside diffusers' compiled blocks."""
+    asked = replace(turbo.settings, compile=True)
+    assert measure._blocks(turbo.pipe, asked) == "eager"  # as after compiling failed
+    monkeypatch.setattr(measure, "used", lambda device: True)
+    assert measure._blocks(turbo.pipe, turbo.settings) == "eager"
+    assert measure._blocks(turbo.pipe, asked) == "by kernels beside compiled"

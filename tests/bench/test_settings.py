@@ -47,7 +47,6 @@ def test_texts_are_new_in_every_round_and_equally_long() -> None:
         ({"size": "tiny", "height": 250}, "height must be a multiple of 16, got 250; try 240 or 256"),
         ({"size": "tiny", "width": 0}, "width"),
         ({"size": "tiny", "steps": 0}, "num_inference_steps"),
-        ({"size": "tiny", "cuda_graphs": True}, r"CUDA graphs are an option of compiling; add compile \(--compile\)"),
         (
             {"size": "tiny", "weight_dtype": "full"},
             "weight_dtype can be int8, float8, nf4 here, or left out; got 'full'",

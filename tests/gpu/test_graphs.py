@@ -1,6 +1,5 @@
 """What must hold of CUDA graphs on CUDA: the bits of what is launched piece by piece, few launches, moving weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zimage import ZImagePipeline
+from zimage.kernels.switch import using
 from zimage.models.graphs import use_graphs
 from zimage.testing import build_checkpoint
 
@@ -20,8 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint(tmp_path_factory.mktemp("gpu") / "base", size="small", variant="base")
 
 
-def latents(pipe: ZImagePipeline, prompt: str = "a fox", side: int = 256, seed: int = 1) -> Tensor:
-    options: dict[str, Any] = {"negative_prompt": "blurry " * 40, "num_inference_steps": 3, "progress": False}
+def latents(pipe: ZImagePipeline, prompt: str = "a fox", side: int = 256, seed: int = 1, steps: int = 3) -> Tensor:
+    options: dict[str, Any] = {"negative_prompt": "blurry " * 40, "num_inference_steps": steps, "progress": False}
     made = pipe(prompt, height=side, width=side, any_size=True, seed=seed, output_type="latent", **options).images
     return made[0]  # type: ignore[return-value]
 
@@ -37,26 +37,38 @@ def test_pictures_have_the_same_bits(folder: Path, dtype: str) -> None:
 
 
 def test_compiled_blocks_are_recorded_too(folder: Path) -> None:
-    pipe = ZImagePipeline.from_pretrained(folder, device="cuda").compile()
-    expected = latents(pipe)
-    pipe.compile(cuda_graphs=True)
-    assert torch.equal(latents(pipe), expected)
+    with using("off"):
+        pipe = ZImagePipeline.from_pretrained(folder, device="cuda").compile()
+        expected = latents(pipe)
+        assert pipe.compiled
+        pipe.compile(cuda_graphs=True)
+        assert torch.equal(latents(pipe), expected)
     assert vars(pipe.transformer)["refine"].__self__._kept
 
 
-def launches(compute: Callable[[], Any]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        compute()
-    return sum(one.count for one in profile.key_averages() if "LaunchKernel" in one.key)
-
-
-def test_a_forward_is_a_few_launches(folder: Path) -> None:
+def test_a_forward_is_no_launch_of_its_own(folder: Path, launches: list[str]) -> None:
+    """Of kernels that are started one by one, more steps take no more."""
     pipe = ZImagePipeline.from_pretrained(folder, device="cuda")
-    latents(pipe)
-    before = launches(lambda: latents(pipe))
+
+    def started(steps: int) -> int:
+        latents(pipe, steps=steps)
+        launches.clear()
+        latents(pipe, steps=steps)
+        return len(launches)
+
+    blocks = len(pipe.transformer.noise_refiner) + len(pipe.transformer.layers)
+    assert started(3) >= started(1) + 2 * 5 * blocks
     use_graphs(pipe.transformer)
-    latents(pipe)
-    assert launches(lambda: latents(pipe)) < before / 2
+    assert started(3) == started(1)
+
+
+def test_kernels_go_on_where_blocks_could_be_compiled(folder: Path, launches: list[str]) -> None:
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda")
+    expected = latents(pipe)
+    launches.clear()
+    assert torch.equal(latents(pipe.compile()), expected)
+    assert not pipe.compiled
+    assert launches.count("rotate_heads") >= 3 * len(pipe.transformer.layers)
 
 
 def test_weights_that_move_and_memory_that_is_given_back(folder: Path) -> None:

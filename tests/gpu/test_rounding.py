@@ -92,6 +92,7 @@ def test_pictures_are_near_the_plain_ones(folder: Path, launches: list[str], kin
         for options in ({}, {"weight_dtype": kind}, {"weight_dtype": kind, "quantize_activations": True})
     )
     exact, wide = (pipe("a fox", output_type="latent", **PICTURE).images for pipe in (full, weights))
+    both("a fox", output_type="latent", **PICTURE)  # the first one tries whether the card has such products
     launches.clear()
     made = both("a fox", output_type="latent", **PICTURE).images
     blocks = len(both.transformer.layers) - 1
@@ -123,8 +124,9 @@ def test_compiled_blocks_give_the_same_picture(folder: Path, kind: str) -> None:
         folder, device="cuda", dtype="bfloat16", weight_dtype=kind, quantize_activations=True
     )
     made = pipe("a fox", output_type="latent", **PICTURE).images
-    again = pipe.compile()("a fox", output_type="latent", **PICTURE).images
-    assert pipe.compiled
+    with using("off"):
+        again = pipe.compile()("a fox", output_type="latent", **PICTURE).images
+        assert pipe.compiled
     assert (again.float() - made.float()).norm() <= 0.1 * made.float().norm()
 
 

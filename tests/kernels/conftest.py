@@ -28,6 +28,12 @@ def no_grad() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 are that on a card too, which otherwise rounds what they multiply to ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 to bfloat16 and float8 rounds to the nearest, as on devices; Triton's interpreter cuts off."""
     from triton.runtime import interpreter

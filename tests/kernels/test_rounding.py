@@ -28,11 +28,23 @@ def plain(hidden: Tensor, kind: str) -> Quantized:
 
 
 def agrees(result: Any, reference: Quantized) -> None:
-    """To the bit: one row's largest value and divisions that round to the nearest leave nothing open."""
+    """To the bit: one row's largest value and a division that rounds to the nearest leave nothing open."""
     values, scale, dtype = result
     assert (values.dtype, values.shape, dtype) == (reference.values.dtype, reference.values.shape, reference.dtype)
     assert torch.equal(scale, reference.scale)
     assert torch.equal(values.view(torch.uint8), reference.values.view(torch.uint8))
+
+
+def follows(result: Any, reference: Quantized) -> None:
+    """The same of rows that a norm made before, whose sums a card adds up in another order in another kernel."""
+    if not result[0].is_cuda:
+        return agrees(result, reference)
+    values, scale, dtype = result
+    assert (values.dtype, values.shape, dtype) == (reference.values.dtype, reference.values.shape, reference.dtype)
+    torch.testing.assert_close(scale, reference.scale, rtol=torch.finfo(dtype).eps, atol=0)
+    steps = (values.float() - reference.values.float()).abs()
+    assert (steps == 0).float().mean() > 0.98
+    assert bool((steps <= (1 if values.dtype == torch.int8 else reference.values.float().abs() / 8 + 2**-9)).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,14 +70,15 @@ def test_norms_and_gates_round_what_they_make(
         gate, factor = (noise(count, 1, shape[-1], dtype=dtype) if count else None for _ in range(2))
         normal = fused.normalize(tokens, weight, factor, EPS)
         assert isinstance(normal, Tensor)
-        agrees(fused.normalize(tokens, weight, factor, EPS, narrow), plain(normal, kind))
+        follows(fused.normalize(tokens, weight, factor, EPS, narrow), plain(normal, kind))
         arguments = tokens, update, weight, gate, EPS, following, factor, 2 * EPS
         added, expected = fused.add_then_normalize(*arguments), fused.add_then_normalize(*arguments, narrow)
         assert added is not None
         assert expected is not None
         assert isinstance(added[1], Tensor)
-        assert torch.equal(added[0], expected[0])
-        agrees(expected[1], plain(added[1], kind))
+        nearest = torch.finfo(stream).eps if tokens.is_cuda else 0.0
+        torch.testing.assert_close(added[0], expected[0], rtol=nearest, atol=nearest)
+        follows(expected[1], plain(added[1], kind))
     opening, content = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype)
     given = opening.clone()
     scale = 2.0**-8 if dtype == torch.float16 else 1.0

@@ -198,3 +198,20 @@ normalize(RMSNorm(8, eps=1e-5), torch.ones(2, 8))
 print([name for name in sys.modules if name.startswith("zimage.kernels.")])
 """
     assert run_python(code).splitlines() == ["[]", "['zimage.kernels.switch']"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "expected"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("off", "cuda", False), ("on", "cpu", True)],
+)
+def test_where_they_are_used(mode: str, device: str, expected: bool) -> None:
+    with using(mode):
+        assert switch.used(torch.device(device)) is expected
+
+
+def test_what_failed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "_failures", ["no C compiler"])
+    with using("auto"):
+        assert not switch.used(torch.device("cuda"))
+    with using("on"):
+        assert switch.used(torch.device("cuda"))

@@ -330,3 +330,15 @@ def test_machine_code_agrees_and_repeats(turbo_folder: Path) -> None:
     assert torch.equal(made, again)
     assert torch.cosine_similarity(made.flatten(), eager.flatten(), dim=0) >= 0.9999
     assert not torch.equal(made, eager)  # or nothing was compiled
+
+
+def test_kernels_go_on_where_there_are_any(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices for which `used` says so, which on a card with Triton it does."""
+    pipe = load(turbo_folder)
+    counting = compiled(pipe)
+    assert pipe.compiled
+    for module in ("zimage.models.compiled", "zimage.placed"):
+        monkeypatch.setattr(f"{module}.used", lambda device: device == torch.device("cpu"))
+    latents(pipe)
+    assert counting == Counting()
+    assert not pipe.compiled

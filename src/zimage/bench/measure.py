@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from .._version import __version__
 from ..errors import ZImageError
+from ..kernels.switch import used
 from ..models.graphs import uses_graphs
 from ..pipeline import ZImagePipeline
 from ..request import ResolvedRequest
@@ -247,7 +248,7 @@ def _report(bench: Bench, stages: list[Stage], attention: dict[str, dict[str, in
             "weights": "random" if settings.size else "given",
             "variant": pipe.variant.name,
             "dtype": str(pipe.dtype).removeprefix("torch."),
-            "blocks": _blocks(pipe),
+            "blocks": _blocks(pipe, settings),
             "layers": settings.layers,
         },
         picture={
@@ -322,8 +323,9 @@ def _bar(settings: Settings, progress: bool) -> Any:
     return tqdm(total=rounds, unit="round", disable=not progress, leave=False)
 
 
-def _blocks(pipe: ZImagePipeline) -> str:
+def _blocks(pipe: ZImagePipeline, settings: Settings) -> str:
     """How the transformer's blocks were run in the end: what fails on the way is left out."""
-    if not pipe.compiled:
-        return "eager"
-    return "compiled, CUDA graphs" if uses_graphs(pipe.transformer) else "compiled"
+    ways = ["compiled"] if pipe.compiled else []
+    if settings.compile and used(pipe.device):
+        ways = ["by kernels beside compiled"]
+    return ", ".join([*ways, *(["CUDA graphs"] if uses_graphs(pipe.transformer) else [])]) or "eager"

@@ -43,9 +43,9 @@ class Settings:
         rounds: measured runs of each side and stage, after one that is not.
         stages: some of `STAGES`.
         only: "zimage" leaves diffusers out.
-        compile: both sides with the transformer's blocks compiled, each in its own way; the round that is not measured
-            waits for the compiler.
-        cuda_graphs: zimage's side compiled with CUDA graphs besides, for pictures of up to 512 x 512 pixels.
+        compile: both sides with the transformer's blocks compiled, each in its own way (zimage's kernels go on where
+            there are any); the round that is not measured waits for the compiler.
+        cuda_graphs: zimage's side with CUDA graphs, for pictures of up to 512 x 512 pixels; diffusers has none.
         weight_dtype, quantize_activations: what zimage's transformer stores its layers as and multiplies in, as for
             `ZImagePipeline.from_pretrained`; diffusers' side and all else stay as they are.
         words: of the prompts, a number that no other round has included.
@@ -82,8 +82,6 @@ class Settings:
             raise RequestError(f"stages must be of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
         if self.only not in (None, "zimage"):
             raise RequestError(f"only can be zimage, got {self.only!r}; without it both sides are measured")
-        if self.cuda_graphs and not self.compile:
-            raise RequestError("CUDA graphs are an option of compiling; add compile (--compile)")
         if self.weight_dtype not in (None, *ROUNDED):
             raise RequestError(f"weight_dtype can be {', '.join(ROUNDED)} here, or left out; got {self.weight_dtype!r}")
         check_weights(self.weight_dtype, self.quantize_activations)

@@ -128,11 +128,11 @@ def load(settings: Settings, built: Any = None) -> tuple[ZImagePipeline, Any]:
     `built` is diffusers' pipeline with the random weights that `settings` name, where it is there already.
     """
     pipe, theirs = _load(settings, built)
-    if settings.compile:
+    if settings.compile or settings.cuda_graphs:
         pipe.compile(cuda_graphs=settings.cuda_graphs)
-        if theirs is not None:
-            # It replaces the call of each block, which zimage never makes: neither side computes with the other's.
-            theirs.transformer.compile_repeated_blocks(fullgraph=True)
+    if settings.compile and theirs is not None:
+        # It replaces the call of each block, which zimage never makes: neither side computes with the other's.
+        theirs.transformer.compile_repeated_blocks(fullgraph=True)
     return pipe, theirs
 
 

@@ -30,9 +30,7 @@ def bench(
     stages: Annotated[str, typer.Option(help="Some of them.")] = ",".join(STAGES),
     only: Annotated[str | None, typer.Option(help="zimage: leave diffusers out.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Both sides with their blocks compiled.")] = False,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="With --compile: zimage's side with CUDA graphs besides.")
-    ] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="zimage's side with CUDA graphs.")] = False,
     weight_dtype: Annotated[
         str | None, typer.Option("--weight-dtype", help=f"zimage's layers in {', '.join(ROUNDED)}; diffusers' in full.")
     ] = None,

@@ -26,6 +26,8 @@ def add_elements(
     start = tl.program_id(0).to(tl.int64) * block
     place = start + tl.arange(0, block)
     channel = ((start % channels).to(tl.int32) + tl.arange(0, block)) % channels
+    if channels % 16 == 0:  # so that biases are read as wide as pictures, which not every Triton sees by itself
+        channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
     inside = None if is_whole else place < length
     wide = _biased(update, bias, place, channel, inside)
     if hidden is not None:

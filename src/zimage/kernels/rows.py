@@ -32,11 +32,11 @@ def _store(values, result, scales, place, row, inside, is_row):
         tl.store(result + place, values, mask=inside)
     else:
         narrow: tl.constexpr = result.dtype.element_ty
-        most: tl.constexpr = 127.0 if narrow == tl.int8 else 448.0
+        inverse: tl.constexpr = 1.0 / 127.0 if narrow == tl.int8 else 1.0 / 448.0
         wide = values.to(tl.float32)
         # A maximum passes NaN over; in this sum, 0 else, it and infinities stay.
         broken = tl.sum(wide * 0.0, 1)
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(wide), 1), most), 7.888609052210118e-31) + broken  # at least 2⁻¹⁰⁰
+        scale = tl.maximum(tl.max(tl.abs(wide), 1) * inverse, 7.888609052210118e-31) + broken  # at least 2⁻¹⁰⁰
         scaled = wide * tl.div_rn(1.0, scale)[:, None]
         if narrow == tl.int8:
             scaled = (

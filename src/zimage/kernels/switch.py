@@ -64,6 +64,12 @@ def wanted(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (tensor.is_cuda or _mode.get() == "on")
 
 
+def used(device: torch.device) -> bool:
+    """Whether kernels are used on `device`, as far as is known."""
+    mode = _mode.get()
+    return mode == "on" or (mode == "auto" and device.type == "cuda" and not _failures)
+
+
 def usable(*args: Any) -> bool:
     """Whether `run` would try a kernel with these."""
     mode = _mode.get()

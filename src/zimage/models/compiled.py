@@ -1,8 +1,9 @@
 """The transformer's modulated blocks as torch's compiler makes them: one program for all blocks, sizes and prompts.
 
 The number of tokens stays open in it and all else is fixed, so that nothing is compiled again for a prompt of another
-length. Blocks are computed as they are where compiled code would not do what is wanted (gradients, a second try in
-float32, hooks, of which torch does not notice those that come later) or cannot be made. Knows no pipeline.
+length. Blocks are computed as they are where the project's own kernels compute them, which are faster (docs/speed.md),
+and where compiled code would not do what is wanted (gradients, a second try in float32, hooks, of which torch does not
+notice those that come later) or cannot be made. Knows no pipeline.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ..errors import RequestError, ZImageWarning
+from ..kernels.switch import used
 from .layers import is_bare
 from .precision import Float32Math
 from .transformer import BlockModulation, ZImageTransformer, run_block
@@ -42,7 +44,7 @@ class CompiledBlock:
     ) -> Tensor:
         """`tokens` (B, N, dim) after `block`; without `modulation`, so for a caption, as it stands."""
         settings = self._transformer.compute_dtype, self._transformer.attend
-        if modulation is None or not computes_plainly() or not all(map(is_bare, block.modules())):
+        if modulation is None or used(tokens.device) or not computes_plainly() or not _is_plain(block):
             return run_block(block, tokens, rotations, modulation, *settings)
         pairs = torch.view_as_real(rotations)  # a compiler would warn of complex numbers
         for tensor in (tokens, pairs):
@@ -83,7 +85,7 @@ def restore_blocks(transformer: ZImageTransformer) -> None:
 
 
 def is_compiled(transformer: ZImageTransformer) -> bool:
-    """Whether modulated blocks are compiled, or will be when they are first used."""
+    """Whether modulated blocks are to be compiled when they are first used where no kernels compute them."""
     return isinstance(vars(transformer).get(_PLACE), CompiledBlock)
 
 
@@ -92,6 +94,10 @@ def computes_plainly() -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not any(isinstance(mode, Float32Math) for mode in _get_current_function_mode_stack())
+
+
+def _is_plain(block: nn.Module) -> bool:
+    return all(map(is_bare, block.modules()))
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

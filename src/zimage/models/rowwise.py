@@ -65,7 +65,7 @@ def rounded(hidden: Tensor, kind: str | None) -> Rows:
     wide = hidden.float()
     # An infinity or NaN makes its row's scale so, and with it all that is multiplied with the row.
     most = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True)
-    scale = (most / MOST[kind]).clamp(min=LEAST_SCALE)
+    scale = (most * (1.0 / MOST[kind])).clamp(min=LEAST_SCALE)  # on CUDA torch divides by a number in this way
     scaled = wide * (1.0 / scale)
     return Quantized((scaled.round_() if kind == "int8" else scaled).to(NARROW[kind]), scale, hidden.dtype)
 
