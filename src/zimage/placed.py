@@ -164,7 +164,7 @@ class Placed:
         compiling fails, a warning says why and all goes on uncompiled; `RequestError` where torch has no compiler.
         Returns the pipeline itself; a second call changes nothing.
 
-        With `cuda_graphs` forwards of up to 2048 tokens (512 x 512 pixels and the prompt) are recorded besides, once
+        With `cuda_graphs` prompts, and steps of up to 2048 tokens (512 x 512 pixels and the prompt), are recorded once
         for each size and 32 tokens of prompt, and launched as one; this changes no bits. `RequestError` off CUDA.
         """
         with self._turn:
@@ -174,6 +174,7 @@ class Placed:
             compile_blocks(self.transformer)
             if cuda_graphs:
                 use_graphs(self.transformer)
+                self.text_encoder.use_graphs()
         return self
 
     def uncompile(self) -> Self:
@@ -291,10 +292,12 @@ class Placed:
 
     def _restore(self) -> None:
         drop_graphs(self.transformer)
+        self.text_encoder.drop_graphs()
         restore_blocks(self.transformer)
 
     def _move(self, plan: Plan, device: torch.device) -> None:
         forget_graphs(self.transformer)
+        self.text_encoder.forget_graphs()
         try:
             self._residency.place(plan.placement, device)
             self.autoencoder.vae.to(device)

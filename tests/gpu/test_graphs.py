@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zimage import ZImagePipeline
+from zimage import GenerationRequest, ZImagePipeline
 from zimage.kernels.switch import using
 from zimage.models.graphs import use_graphs
 from zimage.testing import build_checkpoint
@@ -81,3 +81,41 @@ def test_weights_that_move_and_memory_that_is_given_back(folder: Path) -> None:
     pipe.uncompile()
     torch.cuda.synchronize()
     assert torch.equal(latents(pipe), expected)
+
+
+def test_prompts_are_recorded_too(folder: Path, launches: list[str]) -> None:
+    """Of other lengths with the same recording; with its bits from a second stream as well."""
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    prompts = ["a fox", "two cats in the snow", "an owl " * 30]
+
+    def captions() -> list[Tensor]:
+        pipe.text_encoder.forget()
+        return [pipe.text_encoder.encode(pipe.text_encoder.tokenize(one, 512)) for one in prompts]
+
+    expected = captions()
+    pipe.compile(cuda_graphs=True)
+    captions()
+    launches.clear()
+    for one, wanted in zip(captions(), expected, strict=True):
+        assert torch.equal(one, wanted)
+    assert launches == []
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        again = captions()
+    side.synchronize()
+    for one, wanted in zip(again, expected, strict=True):
+        assert torch.equal(one, wanted)
+
+
+def test_many_pictures_beside_each_other_are_recorded(folder: Path) -> None:
+    requests = [
+        GenerationRequest(f"picture {number} of a fox", seed=number, height=256, width=256, num_inference_steps=2)
+        for number in range(4)
+    ]
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    expected = [one.image.tobytes() for one in pipe.generate_many(requests, progress=False)]
+    pipe.compile(cuda_graphs=True)
+    for _ in range(2):
+        pipe.text_encoder.forget()
+        assert [one.image.tobytes() for one in pipe.generate_many(requests, progress=False)] == expected

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage import RequestError, ZImagePipeline, ZImageWarning
+from zimage.kernels.switch import using
 from zimage.models import graphs
 from zimage.models.graphs import drop_graphs, forget_graphs, use_graphs, uses_graphs
 
@@ -269,6 +271,51 @@ def test_there_is_a_way_back(turbo_folder: Path) -> None:
     assert not uses_graphs(pipe.transformer)
     assert not {"refine", "denoise"} & set(vars(pipe.transformer))
     drop_graphs(pipe.transformer)
+
+
+def captions(pipe: ZImagePipeline, *prompts: str) -> list[Tensor]:
+    """Features of prompts that were not read before, with kernels."""
+    pipe.text_encoder.forget()
+    with using("on"):
+        return [pipe.text_encoder.encode(pipe.text_encoder.tokenize(one, 512)) for one in prompts]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="prompts are recorded of kernels")
+def test_prompts_are_recorded_once_for_32_tokens(turbo_folder: Path) -> None:
+    pipe, recording = load(turbo_folder), Recording()
+    prompts = ["a fox", "two cats", "a fox " * 30]
+    expected = captions(pipe, *prompts)
+    pipe.text_encoder.use_graphs(recording, "cpu")
+    for one, wanted in zip(captions(pipe, *prompts), expected, strict=True):
+        assert torch.equal(one, wanted)
+    assert recording == Recording(records=2, replays=3)
+    weight = pipe.text_encoder.model.layers[0].self_attn.q_proj.weight
+    pipe.text_encoder.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight * 2, requires_grad=False)
+    (changed,) = captions(pipe, "a fox")
+    assert recording.records == 3
+    pipe.text_encoder.drop_graphs()
+    assert torch.equal(captions(pipe, "a fox")[0], changed)
+    assert not torch.equal(changed, expected[0])
+    assert recording == Recording(records=3, replays=4)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="prompts are recorded of kernels")
+def test_prompts_that_are_not_recorded(turbo_folder: Path) -> None:
+    """Of a text encoder that is looked at, without kernels, and after memory was given back."""
+    pipe, recording = load(turbo_folder), Recording()
+    pipe.text_encoder.use_graphs(recording, "cpu")
+    captions(pipe, "a fox")
+    hook = pipe.text_encoder.model.layers[0].mlp.register_forward_hook(lambda *given: None)
+    captions(pipe, "a fox")
+    hook.remove()
+    latents(pipe)
+    assert recording == Recording(records=1, replays=1)
+    pipe.text_encoder.forget_graphs()
+    captions(pipe, "a fox")
+    assert recording == Recording(records=2, replays=2)
+    pipe.uncompile()
+    captions(pipe, "a fox")
+    assert recording == Recording(records=2, replays=2)
 
 
 def test_a_cpu_has_none(turbo: ZImagePipeline) -> None:

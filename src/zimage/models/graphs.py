@@ -1,8 +1,9 @@
-"""Small forwards of the transformer as CUDA graphs: launched as one, where launching takes longer than computing.
+"""Small forwards as CUDA graphs: launched as one, where launching takes longer than computing.
 
-`refine` and `denoise` are recorded when they first see a size, and replayed with other numbers in the same places. What
-was recorded reads weights where they were, so all that a replay depends on is looked at before each one; whatever does
-not fit a recording is computed as it stands. Knows no pipeline.
+The transformer's `refine` and `denoise`, and what else `Recordings` are made for, are recorded when they first see a
+size, and replayed with other numbers in the same places. What was recorded reads weights where they were, so all that a
+replay depends on is looked at before each one; whatever does not fit a recording is computed as it stands. Knows no
+pipeline.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ZImageWarning
 from ..kernels import switch
@@ -32,7 +33,7 @@ KEPT = 32
 """Recordings of a transformer: of one size two for each 32 tokens of caption."""
 
 _PLACES = ("refine", "denoise")
-_KNOWN = ("torch.nn.", "diffusers.models.", f"{__package__}.")
+_KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
 """Where modules are defined whose computation follows from their tensors; an adapter's may change by a number."""
 
 Replay = Callable[[], Any]
@@ -61,37 +62,28 @@ class CUDARecorder:
         return graph.replay, result
 
 
-class Graphs:
-    """The recordings of one transformer, for all threads; none is used for weights that were moved or replaced."""
+class Recordings:
+    """What one model computed, for all threads; nothing is replayed for weights that were moved or replaced.
 
-    def __init__(self, transformer: ZImageTransformer, record: Record, device_type: str) -> None:
-        self._transformer, self._record, self._device_type = transformer, record, device_type
+    Of `model` only the modules `parts` are computed with, and looked at.
+    """
+
+    def __init__(self, model: nn.Module, parts: tuple[nn.Module, ...], record: Record, device_type: str) -> None:
+        self._model, self._parts, self._record, self._device_type = model, parts, record, device_type
         self._guard = threading.Lock()
         self._kept: dict[Any, tuple[list[Tensor], Replay, Tensor]] = {}
         self._seen: list[Any] | None = None
-
-    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
-        """The transformer's own `refine`."""
-        own_grid = replace(grid, caption_length=0, rotations=grid.rotations[:, : grid.padded])  # one for all captions
-        own_modulation = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
-        return self._compute("refine", grid.padded, latents, own_grid, own_modulation)
-
-    def denoise(
-        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
-    ) -> Tensor:
-        """The transformer's own `denoise`."""
-        image = self.refine(latents, grid, modulation) if refined is None else refined
-        return self._compute("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
+        self._gave_up = False
 
     def forget(self) -> None:
         """Let go of all recordings and their memory; what is needed again is recorded again."""
         with self._guard:
             self._kept.clear()
 
-    def _compute(self, name: str, tokens: int, *args: Any) -> Tensor:
-        own: Callable[..., Tensor] = partial(getattr(type(self._transformer), name), self._transformer)
+    def compute(self, name: str, own: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`own(*args)`, replayed if the same was recorded under `name`, and else recorded if that can be."""
         given = list(_tensors(args))
-        if tokens > MOST_TOKENS or not self._applies(given):
+        if self._gave_up or not self._applies(given):
             return own(*args)
         with self._guard:
             if not self._is_current():
@@ -100,13 +92,13 @@ class Graphs:
 
     def _applies(self, given: list[Tensor]) -> bool:
         """Whether inputs lie dense on the device, and nothing around asks for another computation."""
-        if not computes_plainly() or "hold" in vars(self._transformer):
+        if not computes_plainly() or "hold" in vars(self._model):
             return False
         return all(one.device.type == self._device_type and one.is_contiguous() for one in given)
 
     def _is_current(self) -> bool:
-        """Whether recordings may be used; those of a transformer that is not the same any more are let go of."""
-        seen = _state(self._transformer)
+        """Whether recordings may be used; those of a model that is not the same any more are let go of."""
+        seen = _state(self._model, self._parts)
         if seen != self._seen:
             self._kept.clear()
             self._seen = seen
@@ -133,14 +125,43 @@ class Graphs:
         return result.clone()
 
     def _give_up(self, error: Exception) -> None:
-        drop_graphs(self._transformer)
+        self._gave_up = True
         reason = (str(error).splitlines() or [""])[0]
         warnings.warn(
-            f"the transformer cannot be recorded in CUDA graphs here, it computes without: {type(error).__name__}: "
-            f"{reason} (pipe.compile() without cuda_graphs says that this is meant)",
+            f"{type(self._model).__name__} cannot be recorded in CUDA graphs here, it computes without: "
+            f"{type(error).__name__}: {reason} (pipe.compile() without cuda_graphs says that this is meant)",
             ZImageWarning,
             stacklevel=5,
         )
+
+
+class Graphs(Recordings):
+    """The recordings of one transformer."""
+
+    def __init__(self, transformer: ZImageTransformer, record: Record, device_type: str) -> None:
+        super().__init__(transformer, (transformer,), record, device_type)
+        self._transformer = transformer
+
+    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
+        """The transformer's own `refine`."""
+        own_grid = replace(grid, caption_length=0, rotations=grid.rotations[:, : grid.padded])  # one for all captions
+        own_modulation = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
+        return self._small("refine", grid.padded, latents, own_grid, own_modulation)
+
+    def denoise(
+        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's own `denoise`."""
+        image = self.refine(latents, grid, modulation) if refined is None else refined
+        return self._small("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
+
+    def _small(self, name: str, tokens: int, *args: Any) -> Tensor:
+        own: Callable[..., Tensor] = partial(getattr(type(self._transformer), name), self._transformer)
+        return own(*args) if tokens > MOST_TOKENS else self.compute(name, own, *args)
+
+    def _give_up(self, error: Exception) -> None:
+        super()._give_up(error)
+        drop_graphs(self._transformer)
 
 
 def use_graphs(transformer: ZImageTransformer, record: Record | None = None, device_type: str = "cuda") -> None:
@@ -170,14 +191,14 @@ def uses_graphs(transformer: ZImageTransformer) -> bool:
     return isinstance(getattr(vars(transformer).get(_PLACES[0]), "__self__", None), Graphs)
 
 
-def _state(transformer: ZImageTransformer) -> list[Any] | None:
+def _state(model: Any, parts: tuple[nn.Module, ...]) -> list[Any] | None:
     """All that a replay takes for given: modules, where their weights are, attention; `None` where some module's doing
     cannot be seen from here."""
-    seen: list[Any] = [transformer.attend, vars(transformer).get("_run_block")]
-    modules: list[Any] = [transformer]
+    seen: list[Any] = [getattr(model, "attend", None), vars(model).get("_run_block")]
+    modules: list[Any] = [*parts]
     while modules:
         module = modules.pop()
-        called = module is not transformer  # whose own hooks are for those who call it, as diffusers does
+        called = module is not model  # whose own hooks are for those who call it, as diffusers does
         if (called and not is_bare(module)) or not type(module).__module__.startswith(_KNOWN):
             return None
         seen.append(module)

@@ -7,7 +7,9 @@ own, but that queries and keys are turned in float32. Knows no tokenizer and no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -19,6 +21,10 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from ..kernels.switch import run, wanted
 from .layers import is_bare
+
+MULTIPLE = 32
+"""Tokens that a prompt is filled up to a multiple of. What comes behind a token does not change it and weights are read
+for so many in one go, so there are few sizes that a recording may be kept of."""
 
 _SILU = type(ACT2FN["silu"])
 
@@ -52,11 +58,22 @@ def _is_plain_layer(layer: Any, mover: Any) -> bool:
     return all(map(is_bare, (attention, feed_forward, feed_forward.act_fn, *norms)))
 
 
-def hidden_states(model: Any, embedded: Tensor) -> Tensor | None:
+def hidden_states(
+    model: Any, embedded: Tensor, compute: Callable[..., Tensor | None] = lambda own, *args: own(*args)
+) -> Tensor | None:
     """Embedded tokens (1, tokens, width) after all layers of `model`, for which `is_plain` holds; `None` where a kernel
-    does not take them, and the model has to be called itself."""
+    does not take them, and the model has to be called itself.
+
+    `compute` gives what a function of tensors gives, in a way of its own.
+    """
     if not wanted(embedded):
         return None
+    tokens = embedded.shape[1]
+    states = compute(partial(_all_layers, model), F.pad(embedded, (0, 0, 0, -tokens % MULTIPLE)))
+    return None if states is None else states[:, :tokens]
+
+
+def _all_layers(model: Any, embedded: Tensor) -> Tensor | None:
     cosine, sine = model.rotary_emb(embedded, torch.arange(embedded.shape[1], device=embedded.device)[None])
     half = cosine.shape[-1] // 2  # the second half repeats the first
     rotations = torch.complex(cosine[..., :half].float(), sine[..., :half].float())  # (1, tokens, head_dim / 2)

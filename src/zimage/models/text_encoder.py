@@ -11,6 +11,7 @@ import copy
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import qwen
+from .graphs import CUDARecorder, Record, Recordings
 from .precision import finite
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -51,6 +53,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._guard = threading.Lock()
+        self._recordings: Recordings | None = None
 
     def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
         """The ids of the templated prompt, cut on the right at `max_sequence_length`."""
@@ -83,11 +86,30 @@ class TextEncoder:
         with self._guard:
             self._features.clear()
 
+    def use_graphs(self, record: Record | None = None, device_type: str = "cuda") -> None:
+        """Let what fused kernels compute on devices of a type be recorded, by a `CUDARecorder` if no `record` is given,
+        once for each 32 tokens; done once, it is done."""
+        if self._recordings is None:
+            parts = self.model.layers, self.model.rotary_emb
+            self._recordings = Recordings(self.model, parts, record or CUDARecorder(), device_type)
+
+    def drop_graphs(self) -> None:
+        """The inverse of `use_graphs`; recordings are let go of."""
+        self._recordings = None
+
+    def forget_graphs(self) -> None:
+        """Let go of the recordings, for memory that is short or weights that move; others are made when needed."""
+        if self._recordings is not None:
+            self._recordings.forget()
+
     def _hidden_states(self, ids: tuple[int, ...]) -> Tensor:
         batch = torch.tensor([ids], device=self.model.device)  # (1, tokens)
         embedded = self.model.embed_tokens(batch)
         embedded = embedded if self.device is None else embedded.to(self.device)
-        states = qwen.hidden_states(self.model, embedded) if qwen.is_plain(self.model) else None
+        recordings, states = self._recordings, None
+        if qwen.is_plain(self.model):
+            how = () if recordings is None else (partial(recordings.compute, "prompt"),)
+            states = qwen.hidden_states(self.model, embedded, *how)
         if states is None:
             states = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return states[0]
