@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "1024-compiled": {"compile": True, **DRAWN},
     "float8-compiled": {"compile": True, "weight_dtype": "float8", "quantize_activations": True, **DRAWN},
     "256-graphs": {"cuda_graphs": True, "height": 256, "width": 256},
+    "512-graphs": {"cuda_graphs": True, "height": 512, "width": 512},
     "256-graphs-compiled": {"compile": True, "cuda_graphs": True, "height": 256, "width": 256, **DRAWN},
 }
 """What each has for `Settings`; "float16" makes its own weights."""
