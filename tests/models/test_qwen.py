@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +187,25 @@ CHANGES = {
 def test_what_is_not_plain_is_called(model: Qwen3Model, change: Any) -> None:
     change(model)
     assert not qwen.is_plain(model)
+
+
+def test_what_transformers_leaves_on_layers_does_nothing(model: Qwen3Model) -> None:
+    """Once it was asked for the states of layers, as diffusers asks."""
+    model(inputs_embeds=embedded(model), use_cache=False, output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.layers)
+    assert qwen.is_plain(model)
+    model.layers[1].self_attn.register_forward_hook(lambda *given: None)
+    assert not qwen.is_plain(model)
+
+
+def test_a_pipeline_that_went_through_diffusers_is_plain(turbo_folder: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    theirs = pipe.to_diffusers()
+    expected = theirs.encode_prompt("a fox", do_classifier_free_guidance=False, device="cpu")[0][0]
+    again = ZImagePipeline.from_diffusers(theirs)
+    for one in (pipe, again):
+        assert qwen.is_plain(one.text_encoder.model)
+        with using("on"):
+            made = one.text_encoder.encode(one.text_encoder.tokenize("a fox", 512))
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(theirs.encode_prompt("a fox", do_classifier_free_guidance=False, device="cpu")[0][0], expected)

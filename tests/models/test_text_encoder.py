@@ -199,4 +199,7 @@ def test_with_last_layer_has_the_hidden_states_that_diffusers_reads(whole: Qwen3
         assert again(ids).hidden_states is None
         assert torch.equal(less(ids).last_hidden_state, expected)
     assert type(again) is Qwen3Model
-    assert without_last_layer(again) is again
+    plain = without_last_layer(again)
+    assert plain.layers is again.layers
+    assert "forward" not in vars(plain)
+    assert without_last_layer(plain) is plain

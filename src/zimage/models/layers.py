@@ -19,11 +19,22 @@ from .quantized import QuantizedLinear
 from .rope import rotate
 from .rowwise import NARROW, Quantized, Rows, rounded
 
+_RECORDER = "transformers.utils.output_capturing"
+"""Where the hooks are made that transformers leaves on layers once their outputs were asked for, as diffusers asks;
+they act only while a model around the layer is called for that."""
+
 
 def is_bare(module: Any) -> bool:
-    """Whether calling `module` runs its class's `forward` and nothing else: no hooks, no replaced `forward`."""
+    """Whether calling `module` runs its class's `forward` and nothing else: no hooks that act, no other `forward`."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return not any(hooks) and "forward" not in module.__dict__
+    if any(hooks) and any(acts(hook) for kind in hooks for hook in kind.values()):
+        return False
+    return "forward" not in module.__dict__
+
+
+def acts(hook: Any) -> bool:
+    """Whether a hook does something by itself when its module is called."""
+    return getattr(hook, "__module__", None) != _RECORDER
 
 
 def row_kind(*modules: Any) -> str | None:

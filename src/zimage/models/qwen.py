@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from ..kernels.switch import run, wanted
-from .layers import is_bare
+from .layers import acts, is_bare
 
 MULTIPLE = 32
 """Tokens that a prompt is filled up to a multiple of. What comes behind a token does not change it and weights are read
@@ -45,7 +45,7 @@ def _is_plain_layer(layer: Any, mover: Any) -> bool:
     if type(layer) is not qwen3.Qwen3DecoderLayer or "forward" in vars(layer) or layer._backward_hooks:
         return False
     hooks = chain(layer._forward_pre_hooks.values(), layer._forward_hooks.values())
-    if any(mover is None or getattr(hook, "__self__", None) is not mover for hook in hooks):
+    if any(acts(hook) and (mover is None or getattr(hook, "__self__", None) is not mover) for hook in hooks):
         return False
     attention, feed_forward = layer.self_attn, layer.mlp
     if type(attention) is not qwen3.Qwen3Attention or type(feed_forward) is not qwen3.Qwen3MLP:

@@ -118,10 +118,13 @@ class TextEncoder:
 def without_last_layer(model: Any) -> Qwen3Model:
     """A Qwen3 model, or the one inside a causal LM, less its last layer and final norm; the weights are shared.
 
-    A model that this function gave is returned as it is.
+    A model that this function gave is returned as it is; one of `with_last_layer` computes as before that.
     """
     inner = getattr(model, "model", model)
     if isinstance(inner.norm, nn.Identity):
+        if hasattr(vars(inner).get("forward"), "records"):
+            inner = copy.copy(inner)
+            del inner.forward
         return inner
     layers = list(inner.layers)[:-1]
     shared = copy.copy(inner)
@@ -145,5 +148,6 @@ def with_last_layer(model: Qwen3Model) -> Qwen3Model:
             output["hidden_states"] = (output.last_hidden_state,) * 2
         return output
 
+    forward.records = True  # type: ignore[attr-defined]
     shared.forward = forward
     return shared
