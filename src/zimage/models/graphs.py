@@ -26,9 +26,8 @@ from .layers import is_bare
 from .transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 
 MOST_TOKENS = 2048
-"""Image and caption tokens of a forward that is recorded: 512 x 512 pixels and a caption of up to 1024. An estimate,
-to be measured on a card: a token is 12.3 GFLOP, 20 us at 600 TFLOP/s, and launching a forward takes some ms, so that
-larger ones have nothing to wait for."""
+"""Image and caption tokens of a forward that is recorded: 512 x 512 pixels and a caption of up to 1024. On an H200
+with a fast host 512 x 512 pixels gained nothing any more (docs/speed.md); slower hosts have longer to wait for."""
 KEPT = 32
 """Recordings of a transformer: of one size two for each 32 tokens of caption."""
 
