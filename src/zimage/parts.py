@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import components, runtime
-from .adapted import Adapted
 from .checkpoint.configs import read_shift
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
 from .checkpoint.locate import Location, locate
 from .checkpoint.save import save_components
+from .controlled import Controlled
 from .errors import RequestError, ZImageWarning
 from .memory.budget import find_budget, held_memory
 from .memory.ladder import with_less
@@ -44,7 +44,7 @@ _CAPTION_TOKENS = 128
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
 
 
-class Parts(Adapted):
+class Parts(Controlled):
     """What a pipeline holds: the three models, the tokenizer, the variant and the shift."""
 
     def __init__(
@@ -211,7 +211,7 @@ class Parts(Adapted):
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
-            self._attachments.refresh()
+            self._refresh()
             self.text_encoder.forget()
         return self
 
