@@ -73,6 +73,7 @@ class Parts(Controlled):
         model: str | os.PathLike[str],
         *,
         transformer: str | os.PathLike[str] | None = None,
+        controlnet: str | os.PathLike[str] | torch.nn.Module | None = None,
         variant: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -93,6 +94,7 @@ class Parts(Controlled):
                 package.
             transformer: a safetensors or GGUF file with the transformer's weights, here or on the hub
                 ("owner/name/file.gguf"), instead of those of `model`. What is in fewer bits in a GGUF file stays so.
+            controlnet: what `load_controlnet` then loads.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.
@@ -159,12 +161,17 @@ class Parts(Controlled):
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
             _warn_of_weights(parts.plan)
         _warn_of_widening(parts.transformer, target)
+        if controlnet is not None:
+            made.load_controlnet(controlnet, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         return made
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, *, variant: str | None = None) -> Self:
-        """A pipeline over the very modules of a diffusers `ZImagePipeline`."""
-        return cls(**components.parts_of(pipeline), variant=variant)
+        """A pipeline over the very modules of a diffusers `ZImagePipeline`, its ControlNet included if it has one."""
+        made = cls(**components.parts_of(pipeline), variant=variant)
+        if getattr(pipeline, "controlnet", None) is not None:
+            made.load_controlnet(pipeline.controlnet)
+        return made
 
     def to_diffusers(self) -> Any:
         """A diffusers `ZImagePipeline` over the very modules of this one; `RequestError` if some are streamed."""

@@ -166,8 +166,8 @@ def _on_hub(repository: Repository, name: str | None) -> ControlPlace:
 def _described(entries: Mapping[str, Entry], transformer: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config of a published file, as its tensors tell it.
 
-    Hints come after every so-manieth layer: in VideoX-Fun's configs the 6 of 1.0 are 5 layers apart, the 15 of 2.0 and 2.1
-    are 2 apart, and the 3 of "lite" 10.
+    Hints are spread over the layers: in VideoX-Fun's configs the 6 of 1.0 are 5 layers apart, the 15 of 2.0 and 2.1 are
+    2 apart, and the 3 of "lite" 10.
     """
     counts = dict.fromkeys((TWICE, REFINED), 0)
     for block in filter(None, map(_BLOCK.match, entries)):
