@@ -151,7 +151,7 @@ def generate(
     targets = plan_targets(output, len(requests), overwrite=force)
     loras = read_loras(adapters)
     if control_image is not None and controlnet is None:
-        raise RequestError("control_image needs a ControlNet; name one with --controlnet, or leave control_image out")
+        raise RequestError("--control-image needs a ControlNet; name one with --controlnet, or leave it out")
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)

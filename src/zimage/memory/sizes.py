@@ -139,8 +139,8 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
     kept = (SCHEDULE_STEPS * 4 * (len(sizes.blocks) + 1) + caption) * sizes.dim * work.itemsize
     latents = 8 * 16 * 4 * (work.height // LATENT_SIDE) * (work.width // LATENT_SIDE)
     beside = 0
-    if sizes.control_blocks:  # its image, that after its refiner, the image's, and its own stream
-        beside = (4 * image + 2 * caption) * sizes.dim * stream
+    if sizes.control_blocks:  # its image, that after its refiner, what its layers begin with, and two streams
+        beside = (5 * image + 2 * caption) * sizes.dim * stream
         beside += SCHEDULE_STEPS * 4 * sizes.control_blocks * sizes.dim * work.itemsize
     return (image + caption) * sizes.dim * per_channel + kept + latents + beside
 
