@@ -4,9 +4,10 @@ docs/parity.md.
 Errors are relative: the largest difference over the largest value, and the root mean square of both. "features" rows
 give both sides the same caption features, "prompt" rows let each side encode the prompt, and "to float32" is each
 side's distance to diffusers' float32 result, the scale on which a half precision's error should be read. The second
-table is of pictures from an image, beside diffusers' pipelines for them, each side with a generator of the same seed.
+table is of pictures from an image, the third of those that a ControlNet steers, beside diffusers' pipelines for them,
+each side with a generator of the same seed.
 
-    python benchmarks/parity.py [--tables noise,images] [--sizes tiny,small,wide] [--device cpu]
+    python benchmarks/parity.py [--tables noise,images,control] [--sizes tiny,small,wide] [--device cpu]
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import transformers
 from torch import Tensor
 
 from zimage import ZImagePipeline
-from zimage.testing import build_checkpoint
+from zimage.testing import build_checkpoint, build_controlnet
 
 PROMPT, NEGATIVE = "a red fox in the snow, 一只红狐狸", "blurry, low quality, watermark " * 12
 STEPS = {"tiny": 8, "small": 4, "wide": 2}
 STRENGTHS = (0.3, 0.6, 1.0)
+SCALES = (0.3, 0.75, 1.5)
 
 
 def main() -> None:
@@ -128,12 +130,57 @@ def changed(
         return ours(**options, seed=7, progress=False).images.float().cpu(), expected.float().cpu()
 
 
+def compare_control(folder: Path, size: str, dtype: str, device: str, _: dict[Any, Tensor]) -> None:
+    """Rows of pictures that a ControlNet of each version steers, in float32; the control image is edges on black."""
+    if dtype != "float32":
+        return
+    parts = diffusers.ZImagePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    image, mask = np.random.default_rng(0).random((1, 256, 272, 3), np.float32), np.zeros((256, 272), np.float32)
+    mask[70:190, 30:170] = 1
+    edges = np.zeros((1, 256, 272, 3), np.float32)
+    edges[:, ::19] = edges[:, :, 100:103] = 1
+    for version in ("1.0", "2.0", "2.1"):
+        place = build_controlnet(folder.parent / version, size=size, version=version)
+        net = diffusers.ZImageControlNetModel.from_pretrained(place).to(device)
+        ours = ZImagePipeline.from_diffusers(parts)
+        ours.load_controlnet(place)
+        kinds = {
+            "ZImageControlNetPipeline": {},
+            "ZImageControlNetInpaintPipeline": {"image": image, "mask_image": mask},
+        }
+        for name, masks in list(kinds.items())[: 1 if version == "1.0" else 2]:
+            theirs = getattr(diffusers, name)(**parts.components, controlnet=net)
+            theirs.set_progress_bar_config(disable=True)
+            for guidance in (0.0, 4.0):
+                rows = [
+                    distance(
+                        *steered(ours, theirs, guidance, size, {"controlnet_conditioning_scale": scale, **masks}, edges)
+                    )
+                    for scale in SCALES
+                ]
+                worst = [f"{max(column):.1e}" for column in zip(*rows, strict=True)]
+                print("|", " | ".join([size, version, name, f"{guidance:g}", *worst]), "|", flush=True)
+
+
+def steered(
+    ours: Any, theirs: Any, guidance: float, size: str, asked: dict[str, Any], edges: Any
+) -> tuple[Tensor, Tensor]:
+    """zimage's and diffusers' latents of one picture with a control image."""
+    options = {"prompt": PROMPT, "num_inference_steps": STEPS[size], "guidance_scale": guidance, "control_image": edges}
+    options |= {"output_type": "latent", **asked} | ({"negative_prompt": NEGATIVE} if guidance else {})
+    with torch.no_grad():
+        expected = theirs(**options, height=256, width=272, generator=torch.Generator().manual_seed(7)).images
+        ours.text_encoder.forget()
+        return ours(**options, seed=7, progress=False).images.float().cpu(), expected.float().cpu()
+
+
 TABLES = {
     "noise": (
         "| checkpoint | dtype | guidance | from | max | rms | same bits | zimage to float32 | diffusers to float32 |",
         compare,
     ),
     "images": ("| checkpoint | diffusers' pipeline | guidance | max | rms |", compare_images),
+    "control": ("| checkpoint | ControlNet | diffusers' pipeline | guidance | max | rms |", compare_control),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage.canvas import Canvas, lay_out
+from zimage.canvas import Canvas, lay_out, lay_out_control
 from zimage.errors import RequestError
 from zimage.files.images import read_image, read_mask
 from zimage.models.autoencoder import to_image
@@ -109,3 +110,36 @@ def test_an_image_that_is_known_by_its_digest_only_is_asked_for() -> None:
     object.__setattr__(request.image, "pixels", None)
     with pytest.raises(RequestError, match="image is known by its digest only, as a recipe has it; pass image itself"):
         lay_out(request, Limits())
+
+
+def test_what_is_repainted_is_cut_out_in_grey() -> None:
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[:, 40:] = 255
+    canvas = make(BYTES[:48, :64], mask, padding=(0, 16, 0, 0))
+    cut = canvas.cut_out()
+    repainted = (canvas.painted | canvas.added).expand(-1, 3, -1, -1)
+    assert repainted.sum() == 3 * (16 * 64 + 48 * 24)
+    assert torch.equal(cut, torch.where(repainted, 0.5, canvas.pixels))
+    assert np.array_equal(as_bytes(canvas)[16:], BYTES[:48, :64])
+
+
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_a_control_image_is_fitted_to_the_picture(of_bytes: bool) -> None:
+    control = MILD if of_bytes else MILD.astype(np.float32) / 255
+    asked = {"any_size": True, "seed": 1, "control_image": read_image(control, "control_image")}
+    own = GenerationRequest("", **asked).resolve(TURBO)
+    assert (own.height, own.width) == (48, 64)
+    assert np.array_equal(np.asarray(to_image(lay_out_control(own, Limits()))), MILD[1:49, 3:67])
+    beside = GenerationRequest("", image=read_image(BYTES[:32, :64]), **asked).resolve(TURBO)
+    pixels = lay_out_control(beside, Limits())  # 70 x 50 scaled to cover 64 x 32
+    scaled = np.asarray(Image.fromarray(MILD).resize((64, 46), Image.Resampling.LANCZOS))[7:39]
+    assert pixels.shape == (1, 3, 32, 64)
+    assert np.abs(np.asarray(to_image(pixels)).astype(int) - scaled).max() <= (0 if of_bytes else 1)
+
+
+def test_a_control_image_that_is_not_there() -> None:
+    asked = GenerationRequest("", any_size=True, seed=1, control_image=read_image(BYTES, "control_image"))
+    known = asked.resolve(TURBO)
+    assert known.control_image is not None
+    with pytest.raises(RequestError, match="control_image is known by its digest only"):
+        lay_out_control(replace(known, control_image=replace(known.control_image, pixels=None)), Limits())

@@ -149,3 +149,39 @@ def test_a_list_has_an_image_for_each_prompt() -> None:
         expand_requests("a", image=(IMAGE, other))
     with pytest.raises(RequestError, match="image is an empty list"):
         expand_requests("a", image=[])
+
+
+def test_a_control_image_and_its_scale() -> None:
+    plain = GenerationRequest("a fox", seed=7).resolve(TURBO)
+    assert (plain.control_image, plain.controlnet_conditioning_scale) == (None, 0)
+    asked = GenerationRequest("a fox", seed=7, control_image=IMAGE)
+    steered = asked.resolve(TURBO)
+    assert (steered.control_image, steered.controlnet_conditioning_scale) == (IMAGE, 0.75)
+    assert (steered.height, steered.width, steered.strength) == (480, 592, 1)
+    assert steered != plain
+    for scale in (0, 0.3, 2):
+        resolved = replace(asked, controlnet_conditioning_scale=scale).resolve(TURBO)
+        assert resolved.controlnet_conditioning_scale == scale
+        assert resolved.resolve(TURBO) == resolved
+    both = replace(asked, image=replace(IMAGE, width=512), strength=0.5).resolve(TURBO)
+    assert (both.width, both.strength, both.controlnet_conditioning_scale) == (512, 0.5, 0.75)
+    latents = torch.zeros(16, 60, 74)
+    assert replace(asked, latents=latents, seed=None).resolve(TURBO).tensors["latents"].shape == (1, 16, 60, 74)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"controlnet_conditioning_scale": 0.5}, "is about a control_image and none is given; pass control_image, or"),
+        ({"controlnet_conditioning_scale": 0}, "is about a control_image"),
+        ({"control_image": "a.png"}, "control_image was not read yet"),
+        ({"control_image": IMAGE, "controlnet_conditioning_scale": 2.5}, "must be a number from 0 to 2, got float 2.5"),
+        ({"control_image": IMAGE, "controlnet_conditioning_scale": -0.1}, "must be a number from 0 to 2"),
+        ({"control_image": IMAGE, "controlnet_conditioning_scale": float("nan")}, "must be a number from 0 to 2"),
+        ({"control_image": IMAGE, "strength": 0.5}, "strength is about an image"),
+        ({"control_image": replace(IMAGE, width=4000, height=3000)}, "Pass height or width, to which the image is"),
+    ],
+)
+def test_what_cannot_steer_is_refused(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        GenerationRequest("a fox", **asked).resolve(TURBO)

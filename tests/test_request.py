@@ -193,6 +193,7 @@ sides = st.integers(1, 512).map(lambda count: 16 * count)
 sigma_lists = st.lists(
     st.floats(0, 1, exclude_min=True, allow_subnormal=False), min_size=1, max_size=20, unique=True
 ).map(lambda levels: sorted(levels, reverse=True))
+IMAGES = ("image", "mask_image", "control_image")
 unit = st.floats(0, 1)
 strengths = st.floats(0, 50)
 
@@ -231,7 +232,7 @@ def test_any_accepted_request_resolves_to_a_fixed_point(case: tuple[GenerationRe
     assert first.reopen().resolve(variant) == first
     assert first.reopen().resolve(variant).reopen() == first.reopen()
     values = {field.name: getattr(first, field.name) for field in fields(first)}
-    assert all(value is not None for name, value in values.items() if name not in ("image", "mask_image"))
+    assert all(value is not None for name, value in values.items() if name not in IMAGES)
     assert all(math.isfinite(value) for value in values.values() if isinstance(value, float))
     for name in ("height", "width", "sampler", "seed", "prompt", "num_inference_steps", "guidance_scale"):
         assert getattr(asked, name) in (None, values[name])

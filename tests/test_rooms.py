@@ -46,6 +46,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "previews",
         "starting",
         "adapted",
+        "controlled",
     ),
     ("cli", "testing", "server", "distributed", "training", "demo", "bench"),
 )

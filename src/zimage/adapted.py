@@ -93,7 +93,7 @@ class Adapted(Placed):
         with self._turn:
             try:
                 self._attachments.attach(called, adapter)
-                self._make_room(called)
+                self._make_room(f"the adapter {called!r}")
             except BaseException as error:
                 if called not in self._strengths and called in self._attachments.names:
                     self._attachments.detach(called)
@@ -239,22 +239,27 @@ class Adapted(Placed):
         with super()._computing(), self._attachments.using(adapters):
             yield
 
+    @property
+    def _beside(self) -> dict[str, int]:
+        """What is on the device beside the models, as `ModelSizes` counts it."""
+        return {"adapters": self._attachments.bytes}
+
     def _make_room(self, name: str) -> None:
         """Count what is attached in the plan; where it does not fit, more passes through the device than before."""
         before = self._plan
         if before is None:
             return
         try:
-            plan = with_adapters(before, self._attachments.bytes, has_files=self._residency.read is not None)
+            plan = with_adapters(before, **self._beside, has_files=self._residency.read is not None)
             if plan.placement != before.placement:
-                said = f"the adapter {name!r} needed room; since then: {plan.placement}"
+                said = f"{name} needed room; since then: {plan.placement}"
                 self._move(replace(plan, stepped_down=(*before.stepped_down, said)), self.device)
             else:
                 self._plan = plan
         except NotEnoughMemory as error:
             self._plan = before
             raise NotEnoughMemory(
-                f"the adapter {name!r} does not fit: {error}; load the model with more memory, or delete other adapters"
+                f"{name} does not fit: {error}; load the model with more memory, or delete other adapters"
             ) from error
 
     def _account(self) -> None:
@@ -264,10 +269,14 @@ class Adapted(Placed):
 
     def _planned(self) -> Plan:
         plan = super()._planned()
-        if plan.sizes.adapters == self._attachments.bytes:
-            return plan
-        return follow(plan, replace(plan.sizes, adapters=self._attachments.bytes), plan.work.dtype)
+        beside: dict[str, Any] = self._beside
+        sizes = replace(plan.sizes, **beside)
+        return plan if sizes == plan.sizes else follow(plan, sizes, plan.work.dtype)
 
     def _move(self, plan: Plan, device: torch.device) -> None:
         super()._move(plan, device)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Bring what is attached to where the models are now, in their type."""
         self._attachments.refresh()

@@ -12,7 +12,7 @@ from .callbacks import StepHook
 from .denoiser import Preparation
 from .editing import SourceImage, canvas_size
 from .errors import Cancelled, RequestError, ZImageWarning
-from .files.images import read_image, read_mask
+from .files.images import READERS
 from .models.text_encoder import TextEncoder, Tokens
 from .request import AnyRequest, GenerationRequest, ResolvedRequest, expand_requests, with_noise
 from .sampling.noise import generator_noise, generator_seeds
@@ -85,27 +85,27 @@ def resolve_call(
 
 
 def read_sources(request: AnyRequest) -> AnyRequest:
-    """`request` with its image and mask read, wherever they are; raises `RequestError` where they cannot be."""
-    if not isinstance(request, GenerationRequest) or (request.image is None and request.mask_image is None):
+    """`request` with its images read, wherever they are; raises `RequestError` where they cannot be."""
+    if not isinstance(request, GenerationRequest):
         return request
-    image, mask_image = read_both(request.image, request.mask_image)
-    return replace(request, image=image, mask_image=mask_image)
+    read: dict[str, Any] = read_given(**{name: getattr(request, name) for name in READERS})
+    return replace(request, **read) if read else request
 
 
-def read_both(image: Any, mask_image: Any) -> tuple[SourceImage | None, SourceImage | None]:
-    """Image and mask, as far as they are given."""
-    return (
-        None if image is None else read_image(image),
-        None if mask_image is None else read_mask(mask_image),
-    )
+def read_given(**images: Any) -> dict[str, SourceImage]:
+    """Those of a request's images, by their names in it, that are given."""
+    return {name: READERS[name](value) for name, value in images.items() if value is not None}
 
 
 def warn_if_fitted(asked: AnyRequest, resolved: ResolvedRequest) -> None:
-    """Warns where a picture is smaller than its image and nobody asked for that; where `resolve` was called."""
-    assert resolved.image is not None
-    height, width = canvas_size(resolved.image, resolved.padding)
+    """Warns where a picture is smaller than what it has its size from and nobody asked for that; where `resolve` was
+    called."""
+    source = resolved.image or resolved.control_image
+    if source is None:
+        return
+    height, width = canvas_size(source, resolved.padding)
     if (asked.height, asked.width) == (None, None) and (height, width) != (resolved.height, resolved.width):
-        what = "image with its padding" if resolved.padding else "image"
+        what = "image with its padding" if resolved.padding else "image" if resolved.image else "control_image"
         warnings.warn(
             f"the {what} is {width}x{height}, and sides are multiples of 16: the picture is {resolved.width}x"
             f"{resolved.height}, cropped evenly; height and width scale it instead",
@@ -133,9 +133,9 @@ def tokens_of(requests: Iterable[ResolvedRequest], encoder: TextEncoder) -> dict
 
 
 def _read_once(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with images and masks read, so that pictures share them; lists have one per prompt."""
+    """The arguments of a call with its images read, so that pictures share them; lists have one per prompt."""
     read = dict(options)
-    for name, reader in (("image", read_image), ("mask_image", read_mask)):
+    for name, reader in READERS.items():
         value = options.get(name)
         if isinstance(value, list | tuple):
             read[name] = [reader(one) for one in value]

@@ -1,4 +1,5 @@
-"""The canvas of a picture that starts from an image: the image as it was asked for, and where it is repainted.
+"""The canvas of a picture that starts from an image: the image as it was asked for, and where it is repainted; and the
+image that steers it.
 
 From a resolved request to pixels, and from a decoder's pixels to the picture: what is not repainted is put back, bit
 for bit. Knows no models.
@@ -40,6 +41,10 @@ class Canvas:
         padding = F.max_pool2d(self.added.float(), scale) > 0
         return self.painted[:, :, ::scale, ::scale] | padding
 
+    def cut_out(self) -> Tensor:
+        """The pixels, grey where they are repainted: what a ControlNet is shown of an image."""
+        return torch.where(self.painted | self.added, 0.5, self.pixels)
+
     def put_back(self, pixels: Tensor) -> Tensor:
         """`pixels` (1, 3, H, W) of a decoder with the canvas' own, bit for bit, where nothing is repainted."""
         repaint = (self.painted | self.added).to(pixels.device)
@@ -70,9 +75,8 @@ def lay_out(request: ResolvedRequest, limits: Limits) -> Canvas:
     fitted, *masks = (
         _fit(part, request.height, request.width, limits.size_multiple) for part in (image, painted, added)
     )
-    numbers = fitted.astype(np.float32) / 255 if fitted.dtype == np.uint8 else fitted
     canvas = Canvas(
-        torch.from_numpy(np.ascontiguousarray(np.moveaxis(numbers, -1, 0)))[None],
+        _numbers(fitted),
         *(torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in masks),
     )
     scale = limits.latent_scale
@@ -81,6 +85,18 @@ def lay_out(request: ResolvedRequest, limits: Limits) -> Canvas:
             f"what mask_image marks is too small to be repainted; it takes a square of {scale}x{scale} pixels"
         )
     return canvas
+
+
+def lay_out_control(request: ResolvedRequest, limits: Limits) -> Tensor:
+    """The pixels (1, 3, H, W) of a request's control image in [0, 1], fitted to the picture as images are."""
+    pixels = _pixels("control_image", request.control_image)
+    return _numbers(_fit(pixels, request.height, request.width, limits.size_multiple))
+
+
+def _numbers(pixels: Array) -> Tensor:
+    """(1, 3, H, W) in [0, 1], float32."""
+    numbers = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(numbers, -1, 0)))[None]
 
 
 def _pixels(name: str, source: SourceImage | None) -> Array:

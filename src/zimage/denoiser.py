@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from .memory.ladder import Attempt, once
+from .models.control import Control, Steered, Steering
 from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
@@ -90,8 +91,11 @@ def _kept(store: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value
     return store[key]
 
 
-def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
-    """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32."""
+def make_velocity(
+    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, control: Control | None = None
+) -> Velocity:
+    """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32; with `control` both
+    branches of guidance are steered."""
     transformer = preparation.transformer
     levels = preparation.noise_levels(schedule(request))
     positive = preparation.caption(conditioning.positive)
@@ -101,16 +105,33 @@ def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioni
         features = moved(conditioning.positive, request.seed, request.diversity)
         first = dict.fromkeys(list(levels)[: moved_steps(len(levels))], preparation.caption(features))
 
+    steering = None
+    if control is not None:
+        times = [level.time for level in levels.values()]
+        steering = Steering(transformer, control, times, preparation.grid(control.context, positive))
+
+    def refine(latents: Tensor, grid: ImageGrid, level: NoiseLevel) -> tuple[Tensor, Steered | None]:
+        refined = transformer.refine(latents, grid, level.modulation)
+        if steering is None:
+            return refined, None
+        return refined, steering.at(latents, grid, level.time, level.modulation, refined)
+
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         level = levels[sigma]
+
+        def predict(caption: Caption, grid: ImageGrid, image: tuple[Tensor, Steered | None]) -> Tensor:
+            refined, steered = image
+            hint = None if steering is None or steered is None else steering.beside(steered, caption, grid)
+            return transformer.denoise(latents, caption, grid, level.modulation, refined, hint)
+
         grid = preparation.grid(latents, positive)
-        refined = transformer.refine(latents, grid, level.modulation)
-        prediction = transformer.denoise(latents, first.get(sigma, positive), grid, level.modulation, refined)
+        image = refine(latents, grid, level)
+        prediction = predict(first.get(sigma, positive), grid, image)
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
             return -prediction.float()
         other_grid = preparation.grid(latents, negative)
-        shared = refined if negative.length == positive.length else None
-        other = transformer.denoise(latents, negative, other_grid, level.modulation, shared)
+        shared = image if negative.length == positive.length else refine(latents, other_grid, level)
+        other = predict(negative, other_grid, shared)
         return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
 
     return velocity
@@ -132,9 +153,10 @@ def denoising_steps(
     start: int = 0,
     attempt: Attempt = once,
     known: Known | None = None,
+    control: Control | None = None,
 ) -> Steps:
-    """Take the request's steps from step `start` on; latents sent in replace the current ones, and what of an image is
-    `known` stays.
+    """Take the request's steps from step `start` on; latents sent in replace the current ones, what of an image is
+    `known` stays, and `control` steers.
 
     A step that is not finite is taken again, with everything since the caption features in float32, and so are the
     steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step. What
@@ -143,7 +165,7 @@ def denoising_steps(
     sigmas = attempt(lambda: schedule(request).tolist())
     sampler, total = SAMPLERS[request.sampler], len(sigmas) - 1
     sampler = sampler if known is None else keeping(sampler, known)
-    velocity = attempt(lambda: make_velocity(preparation, request, conditioning))
+    velocity = attempt(lambda: make_velocity(preparation, request, conditioning, control))
     safe, previous = False, None
     for index in range(start, total):
         take = partial(
@@ -155,7 +177,7 @@ def denoising_steps(
         )
         step, good = attempt(partial(take, velocity))
         if not good and not safe:
-            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning))
+            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning, control))
             step, good = attempt(partial(take, velocity))
         if not good:
             raise non_finite(f"denoising step {index + 1} of {total} (sigma {step.sigma:.3f})")
@@ -174,9 +196,11 @@ def _take(
     return step, is_finite(step.latents)
 
 
-def _float32_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
+def _float32_velocity(
+    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, control: Control | None
+) -> Velocity:
     with Float32Math():
-        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning)
+        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning, control)
 
     def widened(latents: Tensor, sigma: float) -> Tensor:
         with Float32Math():

@@ -1,4 +1,5 @@
-"""What an image adds to a request: the noise level that the picture starts from, what stays of the image, and sizes.
+"""What images add to a request: the noise level that the picture starts from, what stays of the image, what steers it,
+and sizes.
 
 Plain arithmetic over sizes, no torch and no pixels: images are read in `files/images` and laid out in `canvas`.
 """
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 STRENGTH, STRENGTH_OF_MASKS = 0.6, 1.0
 """Where none is given: of diffusers' ZImageImg2ImgPipeline, and of its ZImageInpaintPipeline."""
+CONTROL_SCALE, MAX_CONTROL_SCALE = 0.75, 2.0
+"""How much of a ControlNet is added: by default as in diffusers' ZImageControlNetPipeline, and at most."""
 SIDES = ("left", "top", "right", "bottom")
 """The order of `padding`: Pillow's, as in its boxes and `ImageOps.expand`."""
 
@@ -37,29 +40,33 @@ class SourceImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Editing:
-    """What a request says about its image, with nothing left open; see `GenerationRequest`. Without one it says
-    nothing: strength 1 starts from noise alone."""
+    """What a request says about its images, with nothing left open; see `GenerationRequest`. Without them it says
+    nothing: strength 1 starts from noise alone, and scale 0 is not steered."""
 
     image: SourceImage | None = None
     mask_image: SourceImage | None = None
     strength: float = 1.0
     keep_steps: bool = False
     padding: tuple[int, ...] = ()
+    control_image: SourceImage | None = None
+    controlnet_conditioning_scale: float = 0.0
 
     @property
     def canvas(self) -> tuple[int, int] | None:
-        """Height and width of the image and what is added around it."""
-        return None if self.image is None else canvas_size(self.image, self.padding)
+        """Height and width of the image and what is added around it, or else of the control image."""
+        source = self.image or self.control_image
+        return None if source is None else canvas_size(source, self.padding)
 
 
 def resolve_editing(request: GenerationRequest, limits: Limits) -> Editing:
-    """What `request` asks of its image; raises `RequestError` for options that have no image, or that cannot work."""
+    """What `request` asks of its images; raises `RequestError` for options that have no image, or that cannot work."""
+    control, scale = _control(request)
     image, mask = _source("image", request.image), _source("mask_image", request.mask_image)
     if image is None:
         for name in ("mask_image", "strength", "padding", "keep_steps"):
             if getattr(request, name) is not None and getattr(request, name) is not False:
                 raise RequestError(f"{name} is about an image and none is given; pass image, or leave {name} out")
-        return Editing()
+        return Editing(control_image=control, controlnet_conditioning_scale=scale)
     if request.latents is not None:
         raise RequestError(
             "image and latents are both given; a picture can start from one of them only. To noise an image "
@@ -77,7 +84,15 @@ def resolve_editing(request: GenerationRequest, limits: Limits) -> Editing:
     if not isinstance(request.keep_steps, bool):
         raise RequestError(f"keep_steps must be True or False, got {shown(request.keep_steps)}")
     keeps = request.keep_steps and strength < 1
-    return Editing(image=image, mask_image=mask, strength=strength, keep_steps=keeps, padding=padding)
+    return Editing(
+        image=image,
+        mask_image=mask,
+        strength=strength,
+        keep_steps=keeps,
+        padding=padding,
+        control_image=control,
+        controlnet_conditioning_scale=scale,
+    )
 
 
 def skipped_steps(steps: int, strength: float, keep_steps: bool) -> int:
@@ -97,6 +112,20 @@ def canvas_size(image: SourceImage, padding: Sequence[int]) -> tuple[int, int]:
     """Height and width of an image with `padding` around it."""
     left, top, right, bottom = padding or (0, 0, 0, 0)
     return image.height + top + bottom, image.width + left + right
+
+
+def _control(request: GenerationRequest) -> tuple[SourceImage | None, float]:
+    """The control image and how much of it is added, 0 without one."""
+    control, scale = _source("control_image", request.control_image), request.controlnet_conditioning_scale
+    if control is None:
+        if scale is not None:
+            raise RequestError(
+                "controlnet_conditioning_scale is about a control_image and none is given; pass control_image, or "
+                "leave controlnet_conditioning_scale out"
+            )
+        return None, 0.0
+    asked = CONTROL_SCALE if scale is None else scale
+    return control, number("controlnet_conditioning_scale", asked, 0.0, MAX_CONTROL_SCALE)
 
 
 def _source(name: str, value: Any) -> SourceImage | None:

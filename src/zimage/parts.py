@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import components, runtime
-from .adapted import Adapted
 from .checkpoint.configs import read_shift
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
 from .checkpoint.locate import Location, locate
 from .checkpoint.save import save_components
+from .controlled import Controlled
 from .errors import RequestError, ZImageWarning
 from .memory.budget import find_budget, held_memory
 from .memory.ladder import with_less
@@ -44,7 +44,7 @@ _CAPTION_TOKENS = 128
 _UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
 
 
-class Parts(Adapted):
+class Parts(Controlled):
     """What a pipeline holds: the three models, the tokenizer, the variant and the shift."""
 
     def __init__(
@@ -73,6 +73,7 @@ class Parts(Adapted):
         model: str | os.PathLike[str],
         *,
         transformer: str | os.PathLike[str] | None = None,
+        controlnet: str | os.PathLike[str] | torch.nn.Module | None = None,
         variant: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -93,6 +94,7 @@ class Parts(Adapted):
                 package.
             transformer: a safetensors or GGUF file with the transformer's weights, here or on the hub
                 ("owner/name/file.gguf"), instead of those of `model`. What is in fewer bits in a GGUF file stays so.
+            controlnet: what `load_controlnet` then loads.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
             device: by default CUDA, MPS or the CPU, the first there is.
@@ -159,12 +161,17 @@ class Parts(Adapted):
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
             _warn_of_weights(parts.plan)
         _warn_of_widening(parts.transformer, target)
+        if controlnet is not None:
+            made.load_controlnet(controlnet, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         return made
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, *, variant: str | None = None) -> Self:
-        """A pipeline over the very modules of a diffusers `ZImagePipeline`."""
-        return cls(**components.parts_of(pipeline), variant=variant)
+        """A pipeline over the very modules of a diffusers `ZImagePipeline`, its ControlNet included if it has one."""
+        made = cls(**components.parts_of(pipeline), variant=variant)
+        if getattr(pipeline, "controlnet", None) is not None:
+            made.load_controlnet(pipeline.controlnet)
+        return made
 
     def to_diffusers(self) -> Any:
         """A diffusers `ZImagePipeline` over the very modules of this one; `RequestError` if some are streamed."""
@@ -211,7 +218,7 @@ class Parts(Adapted):
         with self._turn:
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
-            self._attachments.refresh()
+            self._refresh()
             self.text_encoder.forget()
         return self
 

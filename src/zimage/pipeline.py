@@ -25,7 +25,7 @@ from .calls import (
     Call,
     CancelToken,
     progress_bar,
-    read_both,
+    read_given,
     read_sources,
     resolve_call,
     result_of,
@@ -33,7 +33,7 @@ from .calls import (
     tokenize,
     warn_if_fitted,
 )
-from .canvas import has_mask, lay_out
+from .canvas import has_mask, lay_out, lay_out_control
 from .denoiser import Conditioning, Preparation, denoising_steps
 from .errors import RequestError
 from .files.png import Picture, read_recipe
@@ -44,7 +44,7 @@ from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_
 from .previews import Previewing
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
-from .starting import Start, from_image, from_noise
+from .starting import Start, begin
 
 
 class ZImagePipeline(Previewing):
@@ -64,12 +64,15 @@ class ZImagePipeline(Previewing):
     _bar_options: Mapping[str, Any] = MappingProxyType({})
 
     def resolve(self, request: AnyRequest) -> ResolvedRequest:
-        """`request` with nothing left open for this model, its image read; `RequestError` if it cannot work."""
+        """`request` with nothing left open for this model, its images read; `RequestError` if it cannot work."""
         limits, asked = self.limits, read_sources(self._with_adapters(request))
         resolved = asked.resolve(self.variant, shift=self.shift, limits=limits)
+        self._controlnet_for(resolved)
         if resolved.image is not None:
             lay_out(resolved, limits)
-            warn_if_fitted(asked, resolved)
+        if resolved.control_image is not None:
+            lay_out_control(resolved, limits)
+        warn_if_fitted(asked, resolved)
         return resolved
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -107,6 +110,8 @@ class ZImagePipeline(Previewing):
         strength: float | None = None,
         keep_steps: bool | None = None,
         padding: int | Sequence[int] | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | None = None,
         adapters: Mapping[str, float] | None = None,
         diversity: float | None = None,
         any_size: bool | None = None,
@@ -190,14 +195,15 @@ class ZImagePipeline(Previewing):
         *,
         image: Any = None,
         mask_image: Any = None,
+        control_image: Any = None,
         cancel: CancelToken | None = None,
         progress: bool = False,
     ) -> Replay:
         """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
 
-        A picture that was made from an image needs it again, `image` and `mask_image` as they were given then. Raises
-        `RequestError` for others, and if the file has no recipe, or one that this model cannot follow; `AdapterError`
-        if it was made with adapters that are not loaded by the same names from the same files.
+        A picture that was made from images needs them again, `image`, `mask_image` and `control_image` as they were
+        given then. Raises `RequestError` for others, and if the file has no recipe, or one that this model cannot
+        follow; `AdapterError` if it was made with adapters or a ControlNet that are not loaded from the same files.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         if recipe.given:
@@ -205,7 +211,8 @@ class ZImagePipeline(Previewing):
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
             )
         self._require_adapters(recipe)
-        request = recipe.with_images(*read_both(image, mask_image))
+        images = read_given(image=image, mask_image=mask_image, control_image=control_image)
+        request = recipe.with_images(**images)
         output = self(request, cancel=cancel, progress=progress)
         assert isinstance(output, ZImageOutput)
         made = output.images[0]
@@ -236,6 +243,7 @@ class ZImagePipeline(Previewing):
             ),
             pixels=pixel_digest(image),
             adapters=self._described_adapters(request),
+            controlnet=self._described_controlnet(request),
         )
 
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
@@ -246,7 +254,8 @@ class ZImagePipeline(Previewing):
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
             begun = self._start(request, call)
         attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
-        start = partial(denoising_steps, call.preparation.under(adapters), request, attempt=attempt, known=begun.known)
+        prepared = call.preparation.under(adapters)
+        start = partial(denoising_steps, prepared, request, attempt=attempt, known=begun.known, control=begun.control)
         steps = start(conditioning, latents)
         replaced = None
         for _ in range(request.steps):
@@ -277,11 +286,10 @@ class ZImagePipeline(Previewing):
         return Conditioning(*features)
 
     def _start(self, request: ResolvedRequest, call: Call) -> Start:
-        shape = self._latent_shape(request)
-        if request.image is None:
-            return self._attempt("prompt", request, call.let_go)(partial(from_noise, request, shape, self.device))
-        encode = partial(from_image, request, shape, self.device, self.autoencoder, self.limits)
-        return self._attempt("image", request, call.let_go)(lambda: encode(self._strip_levels(request)))
+        stage = "prompt" if request.image is None and request.control_image is None else "image"
+        shape, net = self._latent_shape(request), self._controlnet_for(request)
+        make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net)
+        return self._attempt(stage, request, call.let_go)(lambda: make(self._strip_levels(request)))
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         limits = self.limits

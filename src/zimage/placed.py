@@ -336,7 +336,8 @@ class Placed:
 
 def _picture(request: ResolvedRequest) -> tuple[int, int, int, bool]:
     """What a plan needs to know of a picture."""
-    return request.height, request.width, request.max_sequence_length, request.image is not None
+    encodes = request.image is not None or request.control_image is not None
+    return request.height, request.width, request.max_sequence_length, encodes
 
 
 def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:

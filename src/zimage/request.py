@@ -69,6 +69,9 @@ class GenerationRequest:
             or padding.
         keep_steps: take all `num_inference_steps` on the part of the schedule that is run.
         padding: pixels to paint around the image: left, top, right, bottom, or one number for all.
+        control_image: edges, depth, a pose or whatever else the loaded ControlNet follows, as `image` may be given.
+            Without an image `height` and `width` are its own; else it is scaled to cover the picture.
+        controlnet_conditioning_scale: 0 to 2: how much of it is added, by default 0.75.
         any_size: accept areas outside the range.
     """
 
@@ -96,6 +99,8 @@ class GenerationRequest:
     strength: float | None = None
     keep_steps: bool = False
     padding: int | Sequence[int] | None = None
+    control_image: Any = field(default=None, compare=False, repr=False)
+    controlnet_conditioning_scale: float | None = None
     any_size: bool = False
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
@@ -140,6 +145,8 @@ class GenerationRequest:
             strength=editing.strength,
             keep_steps=editing.keep_steps,
             padding=editing.padding,
+            control_image=editing.control_image,
+            controlnet_conditioning_scale=editing.controlnet_conditioning_scale,
             adapters=resolve_adapters(self.adapters),
             diversity=resolve_diversity(self.diversity),
         )
@@ -151,7 +158,8 @@ class ResolvedRequest:
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
     `cache` has the steps that the model is evaluated in, and is empty where that is every one. `adapters` has the names
-    of those that act, sorted, and their strengths. `strength` is 1 where there is no image.
+    of those that act, sorted, and their strengths. `strength` is 1 where there is no image, and
+    `controlnet_conditioning_scale` is 0 where there is no control image.
     `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
     """
 
@@ -175,6 +183,8 @@ class ResolvedRequest:
     strength: float = 1.0
     keep_steps: bool = False
     padding: tuple[int, ...] = ()
+    control_image: SourceImage | None = None
+    controlnet_conditioning_scale: float = 0.0
     adapters: tuple[tuple[str, float], ...] = ()
     diversity: float = 0.0
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -222,6 +232,8 @@ class ResolvedRequest:
             strength=None if self.image is None and self.strength == 1 else self.strength,
             keep_steps=self.keep_steps,
             padding=self.padding or None,
+            control_image=self.control_image,
+            controlnet_conditioning_scale=None if self.control_image is None else self.controlnet_conditioning_scale,
             any_size=True,
             **given,
         )
@@ -241,6 +253,7 @@ def expand_requests(
     negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
     image: Any = None,
     mask_image: Any = None,
+    control_image: Any = None,
     **shared: Any,
 ) -> list[GenerationRequest]:
     """One request per image of a call, in diffusers' order: all images of the first prompt, then of the second.
@@ -254,6 +267,7 @@ def expand_requests(
         "negative_prompt_embeds": _listed("negative_prompt_embeds", negative_prompt_embeds, None),
         "image": _listed_images("image", image),
         "mask_image": _listed_images("mask_image", mask_image),
+        "control_image": _listed_images("control_image", control_image),
     }
     prompts = per_prompt["prompt"] or per_prompt["prompt_embeds"]
     if prompts is None:

@@ -1,4 +1,5 @@
-"""Where a picture starts: from noise, or from an image that noise takes to the level of its first step.
+"""Where a picture starts: from noise, or from an image that noise takes to the level of its first step; and what steers
+it from there.
 
 Knows requests, canvases and the autoencoder; not what is done with the start.
 """
@@ -6,14 +7,16 @@ Knows requests, canvases and the autoencoder; not what is done with the start.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
 from torch import Tensor
 
-from .canvas import has_mask, lay_out
+from .canvas import Canvas, has_mask, lay_out, lay_out_control
 from .denoiser import schedule
 from .models.autoencoder import Autoencoder
+from .models.control import Control, context_of, sees_masks
 from .request import ResolvedRequest
 from .rules import Limits
 from .sampling.known import Known, noised
@@ -22,10 +25,47 @@ from .sampling.noise import noise_of, seeded_noise
 
 @dataclass(frozen=True)
 class Start:
-    """Latents (1, C, H, W) at the schedule's first level, in float32, and what of an image stays through the steps."""
+    """Latents (1, C, H, W) at the schedule's first level, in float32, what of an image stays through the steps, and the
+    ControlNet that steers them."""
 
     latents: Tensor
     known: Known | None = None
+    control: Control | None = None
+
+
+def begin(
+    request: ResolvedRequest,
+    shape: Sequence[int],
+    device: torch.device,
+    autoencoder: Autoencoder,
+    limits: Limits,
+    net: ZImageControlNetModel | None,
+    strip_levels: int,
+) -> Start:
+    """The request's start, steered by `net` if that is given; images are encoded with so many levels in strips.
+
+    As in diffusers' ZImageControlNetInpaintPipeline, a ControlNet that sees masks is told what stays, so that nothing
+    is put back between the steps, and at strength 1 the start is noise alone.
+    """
+    told = net is not None and has_mask(request) and sees_masks(net, limits.latent_channels)
+    canvas = None if request.image is None else lay_out(request, limits)
+    if canvas is None or (told and request.strength == 1):
+        start = from_noise(request, shape, device)
+    else:
+        start = from_image(request, canvas, shape, device, autoencoder, limits, strip_levels)
+        start = replace(start, known=None) if told else start
+    if net is None or request.controlnet_conditioning_scale == 0:
+        return start
+
+    def encode(pixels: Tensor) -> Tensor:
+        return autoencoder.encode(pixels.to(device), None, strip_levels)
+
+    seen: tuple[Tensor, ...] = ()
+    if told and canvas is not None:
+        kept = ~canvas.repaint(limits.latent_scale).to(device)
+        seen = kept, encode(canvas.cut_out())
+    context = context_of(encode(lay_out_control(request, limits)), net.config.control_in_dim, *seen)
+    return replace(start, control=Control(net, context, request.controlnet_conditioning_scale))
 
 
 def from_noise(request: ResolvedRequest, shape: Sequence[int], device: torch.device) -> Start:
@@ -37,20 +77,20 @@ def from_noise(request: ResolvedRequest, shape: Sequence[int], device: torch.dev
 
 def from_image(
     request: ResolvedRequest,
+    canvas: Canvas,
     shape: Sequence[int],
     device: torch.device,
     autoencoder: Autoencoder,
     limits: Limits,
     strip_levels: int,
 ) -> Start:
-    """The request's image, encoded with so many levels in strips, at the first level of its schedule.
+    """The request's image on its `canvas`, encoded with so many levels in strips, at the first level of its schedule.
 
     The seed is drawn from twice, as diffusers' pipelines do: for the sample of the encoder's distribution, and for the
     noise.
     """
     generator = torch.Generator("cpu").manual_seed(request.seed)
     spread, noise = (noise_of(generator, (1, *shape)).to(device) for _ in range(2))
-    canvas = lay_out(request, limits)
     image = autoencoder.encode(canvas.pixels.to(device), spread, strip_levels)
     known = Known(image, noise, canvas.repaint(limits.latent_scale).to(device)) if has_mask(request) else None
     return Start(noised(image, noise, schedule(request)[0].item()), known)

@@ -22,6 +22,8 @@ PIXELS = "0123456789abcdef" * 4
 IMAGE, MASK = SourceImage(600, 480, "a" * 64, pixels=[1]), SourceImage(600, 480, "b" * 64, pixels=[2])
 EDITING = {"image", "mask_image", "strength", "keep_steps", "padding"}
 """What recipes of pictures from an image have besides."""
+STEERING = {"control_image", "controlnet_conditioning_scale"}
+NET = {"source": "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union", "digest": "f" * 64}
 
 
 def make(**asked: Any) -> Recipe:
@@ -103,6 +105,48 @@ def test_other_images_are_refused(images: tuple[Any, Any], said: str) -> None:
         make(image=IMAGE, mask_image=MASK).with_images(*images)
 
 
+def steered(**asked: Any) -> Recipe:
+    request = GenerationRequest("a fox", seed=7, **{"control_image": IMAGE, **asked}).resolve(BASE)
+    return Recipe(request, MODEL, RUNTIME, PIXELS, controlnet=NET)
+
+
+@pytest.mark.parametrize("asked", [{}, {"controlnet_conditioning_scale": 0}, {"image": MASK, "strength": 0.5}])
+def test_a_recipe_knows_what_steered_it(asked: dict[str, Any]) -> None:
+    recipe = steered(**asked)
+    document = json.loads(recipe.to_json())
+    assert document["controlnet"] == NET
+    assert document["request"]["control_image"]["sha256"] == IMAGE.digest
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert not again.replayable
+    given = again.with_images(image=asked.get("image"), control_image=IMAGE)
+    assert given.control_image is IMAGE
+    assert given.controlnet_conditioning_scale == asked.get("controlnet_conditioning_scale", 0.75)
+    with pytest.raises(RequestError, match="of which its recipe has only a digest; pass control_image"):
+        again.with_images(image=asked.get("image"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"controlnet": {}}, "controlnet lacks: source, digest"),
+        ({"controlnet": {**NET, "more": "x"}}, "controlnet has unknown entries: more"),
+        ({"controlnet": {**NET, "digest": 3}}, "controlnet must hold texts"),
+        ({"controlnet": [1]}, "controlnet must be an object"),
+        ({"request": {"control_image": None}}, "control_image is of the wrong type"),
+        ({"request": {"controlnet_conditioning_scale": 9}}, "must be a number from 0 to 2"),
+    ],
+)
+def test_a_recipe_that_contradicts_what_steered_it_is_refused(change: dict[str, Any], said: str) -> None:
+    document = json.loads(steered().to_json())
+    for part, value in change.items():
+        document[part] = {**document[part], **value} if part == "request" else value
+    with pytest.raises(RequestError, match=said):
+        Recipe.from_json(json.dumps(document))
+    with pytest.raises(RequestError, match="controlnet has unknown entries: source, digest"):
+        Recipe(make().request, MODEL, RUNTIME, PIXELS, controlnet=NET)
+
+
 def test_an_image_too_many_is_refused() -> None:
     with pytest.raises(RequestError, match="made without image; leave it out"):
         make().with_images(IMAGE)
@@ -120,6 +164,7 @@ def test_json_says_what_it_is() -> None:
         "adapters",
         "diversity",
         *EDITING,
+        *STEERING,
     }
     assert "狐狸" in make().to_json()
 

@@ -26,10 +26,12 @@ from zimage.memory.sizes import (
 )
 from zimage.models import rowwise
 from zimage.models.autoencoder import Autoencoder
+from zimage.models.control import Control, Steering, build
 from zimage.models.layers import row_kind
 from zimage.models.precision import DTYPES, cast, residual_dtype
 from zimage.models.quantized import quantize
 from zimage.models.transformer import Caption
+from zimage.testing.configs import SIZES, controlnet_config
 
 pytestmark = pytest.mark.no_cover  # the code of whole models, run at many sizes
 Blanks = Callable[[str], dict[str, Blank]]
@@ -96,6 +98,36 @@ def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
             model.denoise(latents, caption, grid, levels[0], refined).float()
 
     assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "work", "version"), [(*WORKS[4], "2.1"), (*WORKS[5], "1.0"), (*WORKS[6], "2.0")])
+def test_a_guided_step_with_a_controlnet(blanks: Blanks, size: str, work: Work, version: str) -> None:
+    model, config = blanks(size)["transformer"].module, controlnet_config(SIZES[size], version)
+    config["control_layers_places"] = [0, 4]
+    net = build({name: value for name, value in config.items() if not name.startswith("_")})
+    for module in (model, net):
+        cast(module, dtype=DTYPES[work.dtype])
+    tokens = -(-work.tokens // 32) * 32
+
+    def step() -> None:
+        stream = residual_dtype(DTYPES[work.dtype])
+        captions = [Caption(torch.empty(1, tokens, model.config.dim, device="meta", dtype=stream))] * 2
+        latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta")
+        context = torch.empty(1, config["control_in_dim"], *latents.shape[2:], device="meta")
+        grid = model.grid(*latents.shape[2:], tokens)
+        levels = model.modulations(torch.empty(50, device="meta"))
+        steering = Steering(model, Control(net, context, 1.0), [number / 50 for number in range(50)], grid)
+        refined = model.refine(latents, grid, levels[0])
+        steered = steering.at(latents, grid, 0.0, levels[0], refined)
+        for caption in captions:
+            hint = steering.beside(steered, caption, grid)
+            model.denoise(latents, caption, grid, levels[0], refined, hint).float()
+
+    blocks = len(net.control_layers) + len(net.control_noise_refiner or ())
+    sizes = replace(sizes_of_blanks(blanks(size)), control_blocks=blocks)
+    seen = peak(step)
+    assert denoise_activations(sizes, work) == pytest.approx(seen, rel=0.1)
+    assert denoise_activations(replace(sizes, control_blocks=0), work) < 0.9 * seen
 
 
 @pytest.mark.parametrize("strip_levels", [0, 1, 2])

@@ -268,3 +268,13 @@ def test_an_encoder_that_overflows_is_computed_again_in_float32(vae: Autoencoder
         own.encoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the image encoder gave NaN or infinity"):
         Autoencoder(own).encode(pixels(), torch.zeros(1, 16, 4, 6))
+
+
+def test_edges_on_black_are_encoded_as_exactly_as_anything(vae: AutoencoderKL) -> None:
+    """Control images are flat, and a variance that is a difference of squares would be lost in them."""
+    pixels = torch.zeros(1, 3, 96, 128)
+    pixels[:, :, ::17] = pixels[:, :, :, 40] = 1
+    exact = copy.deepcopy(vae).double().encode(pixels.double() * 2 - 1).latent_dist.mode()
+    exact = (exact - vae.config.shift_factor) * vae.config.scaling_factor
+    encoded = Autoencoder(vae).encode(pixels, None)
+    assert (encoded - exact).abs().max() <= 1e-5 * exact.abs().max()

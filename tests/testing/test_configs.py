@@ -2,13 +2,14 @@ import inspect
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageControlNetModel, ZImageTransformer2DModel
 from transformers import Qwen3Config
 
 from zimage.testing import checkpoint_parameters
 from zimage.testing.configs import (
     DIFFUSERS_VERSION,
     SIZES,
+    controlnet_config,
     scheduler_config,
     text_encoder_config,
     transformer_config,
@@ -53,6 +54,7 @@ def test_an_unknown_size_is_refused() -> None:
     [
         (ZImageTransformer2DModel, transformer_config(SIZES["real"], "0"), {"siglip_feat_dim"}),
         (AutoencoderKL, vae_config(SIZES["real"], "0"), set()),
+        (ZImageControlNetModel, controlnet_config(SIZES["real"], "2.1"), set()),
     ],
 )
 def test_configs_have_the_keys_of_the_models(model: Any, config: dict[str, Any], left_out: set[str]) -> None:
@@ -93,3 +95,14 @@ def test_the_scheduler_shifts_statically(name: str) -> None:
     scheduler = scheduler_class.from_config(scheduler_config(DIFFUSERS_VERSION[name], VARIANTS[name].shift))
     assert (scheduler.config.shift, scheduler.config.use_dynamic_shifting) == (VARIANTS[name].shift, False)
     assert scheduler.config.num_train_timesteps == 1000
+
+
+def test_controlnets_have_the_published_shapes() -> None:
+    """Of `hlky/Z-Image-Turbo-Fun-Controlnet-Union`, `-2.0` and `-2.1`, which diffusers loads published files with."""
+    one, two, three = (controlnet_config(SIZES["real"], version) for version in ("1.0", "2.0", "2.1"))
+    assert (one["control_layers_places"], one["control_in_dim"]) == ([0, 5, 10, 15, 20, 25], 16)
+    for config in (two, three):
+        assert (config["control_layers_places"], config["control_in_dim"]) == (list(range(0, 30, 2)), 33)
+        assert config["control_refiner_layers_places"] == [0, 1]
+    kinds = [config["add_control_noise_refiner"] for config in (one, two, three)]
+    assert kinds == [None, "control_layers", "control_noise_refiner"]

@@ -31,7 +31,7 @@ METADATA_CONFIG = "lora_adapter_metadata"
 """Where diffusers keeps the same in the file, with "transformer." before each name."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/([\w./ -]{1,200}\.safetensors))?", re.ASCII)
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/([\w./ -]{1,200}\.safetensors))?", re.ASCII)
 _PLAIN = re.compile(r"\^?[\w.-]{1,200}\$?", re.ASCII)
 
 
@@ -71,7 +71,7 @@ def locate_adapter(
 
     `weight_name` names the file in a folder or repository. Raises `AdapterError`.
     """
-    with _as_adapter_error():
+    with as_adapter_error():
         try:
             path = Path(source).expanduser()
             is_there = path.exists()
@@ -86,7 +86,7 @@ def locate_adapter(
             return _place(path, str(path))
         if is_there:
             return _place(_in_folder(path, weight_name), str(path))
-        found = _HUB_FILE.fullmatch(source) if isinstance(source, str) else None
+        found = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
         if found is None or (found[2] and weight_name):
             raise AdapterError(
                 f"cannot find the LoRA {shown(str(source))}: there is no such file or folder here, and it is no hub id"
@@ -101,7 +101,7 @@ def locate_adapter(
 
 def read_content(place: Place) -> Content:
     """Read a LoRA's file, whole. Raises `AdapterError` for one that is cut short, padded, or of foreign types."""
-    with _as_adapter_error():
+    with as_adapter_error():
         header = read_header(place.file)
         metadata = parse_json(header.raw, str(place.file)).get("__metadata__", {})
         beside = None if place.config is None else read_bytes(place.config, MAX_CONFIG)
@@ -211,7 +211,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
 
 
 @contextmanager
-def _as_adapter_error() -> Iterator[None]:
+def as_adapter_error() -> Iterator[None]:
     """What is wrong with a file is wrong with the adapter."""
     try:
         yield

@@ -111,6 +111,15 @@ def fingerprint(folder: str | os.PathLike[str], transformer: Path | None = None)
     return _fingerprint({component: read_component(Path(folder), component, transformer) for component in PARTS})
 
 
+def content_digest(weights: Weights) -> str:
+    """A sampled identity of weights as `fingerprint` has it, whatever their files are called: 64 hex digits."""
+    digest = hashlib.sha256()
+    for header in weights.headers:
+        for piece in (f"{header.size}\0".encode(), header.raw, *_samples(header)):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _component(found: Survey, name: str) -> ComponentInspection:
     headers = found.weights[name].headers if name in found.weights else ()
     needed = found.blanks[name].needed if name in found.blanks else {}

@@ -21,7 +21,10 @@ Shape = tuple[int, ...]
 READ = ("F64", "F32", "F16", "BF16", *GGML_BLOCKS)
 """The types of tensors that are read."""
 
-_STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_STEMS = {
+    "text_encoder": "model",
+    **dict.fromkeys(("transformer", "vae", "controlnet"), "diffusion_pytorch_model"),
+}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_SHARDS = 1000
@@ -68,7 +71,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 def read_weights(folder: Path, component: str) -> Weights:
     """The headers of all files with weights of `component` in the checkpoint `folder`, consistent with the index."""
-    place = folder / component
+    return read_place(folder / component, component)
+
+
+def read_place(place: Path, component: str) -> Weights:
+    """The same of the folder that holds the component itself."""
     single, index = place / single_name(component), place / index_name(component)
     if exists(single) and exists(index):
         raise CheckpointError(f"{place} has both {single.name} and {index.name}; remove the one that is not meant")
@@ -80,13 +87,13 @@ def read_weights(folder: Path, component: str) -> Weights:
 
 
 def match(
-    folder: Path,
+    place: Path,
     component: str,
     weights: Weights,
     needed: Mapping[str, Shape],
     spare: Mapping[str, Shape],
 ) -> None:
-    """Raise one `CheckpointError` that lists every way in which the tensors are not those that are needed.
+    """Raise one `CheckpointError` that lists every way in which the tensors at `place` are not those that are needed.
 
     Tensors in `spare` may be there or not; they are not read.
     """
@@ -106,7 +113,7 @@ def match(
         more = f" and {len(weights.headers) - 3} more" if len(weights.headers) > 3 else ""
         advice = "quantised weights are not read here; " if mistyped else ""
         raise CheckpointError(
-            f"{folder / component}: the tensors in {files}{more} are not those of the {component} that config.json "
+            f"{place}: the tensors in {files}{more} are not those of the {component} that config.json "
             f"describes: {'; '.join(problems)}; {advice}take config.json and weights from the same model"
         )
 

@@ -64,7 +64,7 @@ def survey(folder: Path, transformer: Path | None = None) -> Survey:
             names = weights[component].entries if component in weights else ()
             blanks[component] = blank = build(component, config, names)
             if component in weights:
-                match(folder, component, weights[component], blank.needed, blank.spare)
+                match(folder / component, component, weights[component], blank.needed, blank.spare)
                 if component == "transformer":
                     kinds = {blank.targets[name]: entry.dtype for name, entry in weights[component].entries.items()}
                     pack(blank.module, kinds, *BLOCKS)

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Cancelled
+from ..errors import Cancelled, RequestError
 from ..request import ResolvedRequest, expand_requests
 from .options import (
     MODEL_HELP,
     MODEL_VARIABLE,
     CacheDir,
+    ControlImage,
+    ControlNet,
     Device,
     Dtype,
     Force,
@@ -101,6 +103,12 @@ def generate(
     padding: Annotated[
         str | None, typer.Option(help="Paint around the image: left,top,right,bottom in pixels, or one for all.")
     ] = None,
+    control_image: ControlImage = None,
+    controlnet: ControlNet = None,
+    controlnet_conditioning_scale: Annotated[
+        float | None,
+        typer.Option("--control-scale", "--controlnet-conditioning-scale", help="How much of it is added; 0.75, to 2."),
+    ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are kept.")] = None,
     adapters: Lora = None,
     diversity: Annotated[
@@ -130,7 +138,8 @@ def generate(
         max_sequence_length=max_sequence_length,
         diversity=diversity,
         any_size=any_size or None,
-        **read_images(image, mask_image),
+        **read_images(image, mask_image, control_image),
+        controlnet_conditioning_scale=controlnet_conditioning_scale,
         strength=strength,
         keep_steps=keep_steps or None,
         padding=read_padding(padding),
@@ -141,6 +150,8 @@ def generate(
     check_request(requests[0], choice.model, variant)
     targets = plan_targets(output, len(requests), overwrite=force)
     loras = read_loras(adapters)
+    if control_image is not None and controlnet is None:
+        raise RequestError("--control-image needs a ControlNet; name one with --controlnet, or leave it out")
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)
@@ -163,6 +174,8 @@ def generate(
     for lora in loras:
         more = _given(strength=lora.strength, cache_dir=cache_dir)
         pipe.load_adapter(lora.source, lora.name, local_files_only=local_files_only, **more)
+    if controlnet is not None:
+        pipe.load_controlnet(controlnet, cache_dir=cache_dir, local_files_only=local_files_only)
     resolved = [pipe.resolve(request) for request in requests]
     _draw(pipe, resolved, targets, json=json, quiet=quiet, embed_recipe=not no_recipe)
 

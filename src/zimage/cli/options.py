@@ -51,6 +51,13 @@ MaskImage = Annotated[
     Path | None,
     typer.Option("--mask", "--mask-image", help="White where the image is repainted, black where it stays."),
 ]
+ControlNet = Annotated[
+    str | None,
+    typer.Option("--controlnet", help="What --control-image acts through: a file, a folder, or one on the hub."),
+]
+ControlImage = Annotated[
+    Path | None, typer.Option("--control-image", help="Edges, depth or a pose that the picture follows.")
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -187,14 +194,16 @@ def read_padding(text: str | None) -> list[int] | None:
     return [int(part) for part in parts] * (4 // len(parts))
 
 
-def read_images(image: Path | None, mask_image: Path | None) -> dict[str, SourceImage]:
-    """`image` and `mask_image` as far as they were given, read before any model is loaded."""
-    if image is None and mask_image is None:
+def read_images(
+    image: Path | None, mask_image: Path | None, control_image: Path | None = None
+) -> dict[str, SourceImage]:
+    """A request's images by their names in it, as far as they were given, read before any model is loaded."""
+    given = {"image": image, "mask_image": mask_image, "control_image": control_image}
+    if not any(given.values()):
         return {}
-    from ..files.images import read_image, read_mask
+    from ..files.images import READERS
 
-    read = {} if image is None else {"image": read_image(image)}
-    return read if mask_image is None else {**read, "mask_image": read_mask(mask_image)}
+    return {name: READERS[name](path) for name, path in given.items() if path is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
 from .options import (
     CacheDir,
+    ControlImage,
+    ControlNet,
     Device,
     Force,
     Image,
@@ -46,6 +48,8 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Use this model, not the one recorded.")] = None,
     image: Image = None,
     mask_image: MaskImage = None,
+    control_image: ControlImage = None,
+    controlnet: ControlNet = None,
     device: Device = None,
     memory: Memory = None,
     loras: Annotated[
@@ -67,7 +71,7 @@ def replay(
     edited = _is_edited(file, recipe)
     if recipe.given:
         raise RequestError(f"{file} was made from {', '.join(recipe.given)}, which the file does not hold")
-    images = read_images(image, mask_image)
+    images = read_images(image, mask_image, control_image)
     asked = recipe.with_images(**images)
     if output is not None and output.is_dir():
         output = output / file.name
@@ -76,6 +80,7 @@ def replay(
     given = _by_name(loras, recipe)
     pipe = _load(recipe, model, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only)
     _load_adapters(pipe, recipe, given, cache_dir=cache_dir, local_files_only=local_files_only)
+    _load_controlnet(pipe, recipe, controlnet, cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(asked)
     start = perf_counter()
     with cancel_on_interrupt() as cancel:
@@ -179,6 +184,25 @@ def _load_adapters(
             if name in given:
                 raise
             raise AdapterError(f"{error}; the file names this adapter: pass --lora {name}=SOURCE") from None
+
+
+def _load_controlnet(
+    pipe: ZImagePipeline, recipe: Recipe, given: str | None, *, cache_dir: Path | None, local_files_only: bool
+) -> None:
+    """The ControlNet of the recipe; where it is not given it must be on this machine."""
+    source = given or recipe.controlnet.get("source")
+    if source is None:
+        return
+    if given is None and source.startswith(("\\\\", "//")):
+        raise RequestError(
+            f"the file names a ControlNet on another machine, {source}; pass --controlnet if it is right"
+        )
+    try:
+        pipe.load_controlnet(source, cache_dir=cache_dir, local_files_only=local_files_only or given is None)
+    except AdapterError as error:
+        if given is not None:
+            raise
+        raise AdapterError(f"{error}; the file names this ControlNet: pass --controlnet SOURCE") from None
 
 
 def _use_threads(recipe: Recipe) -> None:

@@ -57,6 +57,7 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
         f"{first.steps} steps" + ("" if first.sampler == "euler" else f" of {first.sampler}"),
         *([f"{len(first.cache)} of them evaluated"] if first.cache else []),
         *([f"from an image at strength {first.strength:g}"] if first.image is not None else []),
+        *([f"steered at {first.controlnet_conditioning_scale:g}"] if first.control_image is not None else []),
         f"guidance {first.guidance_scale:g}",
         *(f"{name} at {value:g}" for name, value in first.adapters),
         *([f"diversity {first.diversity:g}"] if first.diversity else []),

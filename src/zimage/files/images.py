@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,15 +32,15 @@ DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 DEEPEST = 65535
 
 
-def read_image(value: Any) -> SourceImage:
+def read_image(value: Any, name: str = "image") -> SourceImage:
     """The image in a path, a Pillow image, an array (height, width, 3) or a tensor (3, height, width).
 
-    Bytes stay bytes; other numbers must be in [0, 1] and stay as they are, in float32. Grey becomes RGB. Raises
-    `RequestError` for what is no image, is damaged, or has more pixels than any picture.
+    `name` is what errors call it. Bytes stay bytes; other numbers must be in [0, 1] and stay as they are, in float32.
+    Grey becomes RGB. Raises `RequestError` for what is no image, is damaged, or has more pixels than any picture.
     """
     if isinstance(value, SourceImage):
         return value
-    pixels = _opaque(_pixels("image", value))
+    pixels = _opaque(_pixels(name, value))
     return SourceImage(pixels.shape[1], pixels.shape[0], _digest(pixels), _frozen(pixels))
 
 
@@ -56,6 +58,14 @@ def read_mask(value: Any) -> SourceImage:
             "marks what is"
         )
     return SourceImage(white.shape[1], white.shape[0], _digest(white), _frozen(white))
+
+
+READERS: dict[str, Callable[[Any], SourceImage]] = {
+    "image": read_image,
+    "mask_image": read_mask,
+    "control_image": partial(read_image, name="control_image"),
+}
+"""What reads each of a request's images."""
 
 
 def _pixels(name: str, value: Any) -> Array:

@@ -28,11 +28,12 @@ FORMAT = 1
 MAX_CHARACTERS = 2**20
 """Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
 MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
-IMAGE_NAMES = ("image", "mask_image")
+IMAGE_NAMES = ("image", "mask_image", "control_image")
 _IMAGE_KEYS = ("width", "height", "sha256")
 ADAPTER_KEYS = ("source", "digest")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
+_OPTIONAL = ("adapters", "controlnet")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
 _MAX_SHIFT = 1000.0
 MAX_IMAGE_SIDE = 2**26
@@ -53,6 +54,7 @@ class Recipe:
         pixels: `pixel_digest` of the picture.
         given: names of tensors that the request had in place of texts or noise.
         adapters: of each adapter of the request by name, its `source` (hub id or file) and the `digest` of its file.
+        controlnet: the same of the ControlNet, where the request has a control image; else it is empty.
     """
 
     request: ResolvedRequest
@@ -61,6 +63,7 @@ class Recipe:
     pixels: str
     given: tuple[str, ...] = ()
     adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    controlnet: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
@@ -71,9 +74,11 @@ class Recipe:
             "runtime": _texts("runtime", self.runtime),
             "given": given,
             "adapters": _adapters(self.adapters, self.request),
+            "controlnet": _texts("controlnet", self.controlnet),
         }.items():
             object.__setattr__(self, name, value)
         _exact_keys("model", self.model, MODEL_KEYS)
+        _exact_keys("controlnet", self.controlnet, ADAPTER_KEYS if self.request.control_image else ())
         if self.model["variant"] not in ("", self.request.variant):
             raise RequestError(f"the recipe is for {self.request.variant}, but its model is {self.model['variant']}")
         _digest("the recipe's pixels", self.pixels)
@@ -81,12 +86,17 @@ class Recipe:
     @property
     def replayable(self) -> bool:
         """Whether the recipe alone is enough: no tensors or images were given that it does not contain."""
-        return not self.given and self.request.image is None
+        return not self.given and self.request.image is None and self.request.control_image is None
 
-    def with_images(self, image: SourceImage | None = None, mask_image: SourceImage | None = None) -> ResolvedRequest:
+    def with_images(
+        self,
+        image: SourceImage | None = None,
+        mask_image: SourceImage | None = None,
+        control_image: SourceImage | None = None,
+    ) -> ResolvedRequest:
         """The request, with the images that it needs; raises `RequestError` for one that is not given, not needed, or
         not the one that the recipe names."""
-        found: dict[str, Any] = dict(zip(IMAGE_NAMES, (image, mask_image), strict=True))
+        found: dict[str, Any] = dict(zip(IMAGE_NAMES, (image, mask_image, control_image), strict=True))
         for name, known in _images(self.request).items():
             came = found[name]
             if known is None and came is not None:
@@ -108,7 +118,8 @@ class Recipe:
         values = {name: _plain(getattr(self.request, name)) for name in _request_types()}
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
-        document = dict(zip(_PARTS, contents, strict=True)) | ({"adapters": self.adapters} if self.adapters else {})
+        document = dict(zip(_PARTS, contents, strict=True))
+        document |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name)}
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
         return text if is_unicode(text) else json.dumps(document, allow_nan=False)
 
@@ -121,14 +132,14 @@ class Recipe:
             raise RequestError("this is not a zimage recipe: it has no format number")
         if version != FORMAT:
             raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
-        _exact_keys("recipe", document, (*_PARTS, "adapters"), optional=("adapters",))
+        _exact_keys("recipe", document, (*_PARTS, *_OPTIONAL), optional=_OPTIONAL)
         given = document["given"]
         if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
             raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
         try:
             request = _read_request(document["request"])
             model, runtime, pixels = (document[part] for part in ("model", "runtime", "pixels"))
-            return cls(request, model, runtime, pixels, tuple(given), document.get("adapters", {}))
+            return cls(request, model, runtime, pixels, tuple(given), *(document.get(name, {}) for name in _OPTIONAL))
         except RequestError as error:
             raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
 

@@ -175,12 +175,14 @@ def lower(plan: Plan, stage: str, *, has_files: bool = True) -> Plan:
     )
 
 
-def with_adapters(plan: Plan, adapters: int, *, has_files: bool = True) -> Plan:
-    """`plan` with so many bytes of adapters on the device; where they do not fit, the fastest placement where they do.
+def with_adapters(plan: Plan, adapters: int, *, control_blocks: int = 0, has_files: bool = True) -> Plan:
+    """`plan` with so many bytes of adapters on the device, a ControlNet of so many blocks among them; where they do not
+    fit, the fastest placement where they do.
 
     What passes through the device already still does. Raises `NotEnoughMemory` where there is none.
     """
-    kept = follow(plan, replace(plan.sizes, adapters=adapters), plan.work.dtype)
+    sizes = replace(plan.sizes, adapters=adapters, control_blocks=control_blocks)
+    kept = follow(plan, sizes, plan.work.dtype)
     reason = _reason(kept.stages, kept.budget)
     if not reason or adapters <= plan.sizes.adapters:
         return kept

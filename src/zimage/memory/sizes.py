@@ -68,7 +68,9 @@ class ModelSizes:
     in_bfloat16: bool = False
     """Whether the files have all matrices of the layers in bfloat16 or fewer bits, so that nothing is lost by it."""
     adapters: int = 0
-    """Bytes of the adapters that are loaded, which stay on the device whatever passes through."""
+    """Bytes of the adapters and the ControlNet that are loaded, which stay on the device whatever passes through."""
+    control_blocks: int = 0
+    """Blocks of the ControlNet that is loaded."""
 
     @property
     def packed(self) -> int:
@@ -126,7 +128,7 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
 
     The peak is the rotation of queries and keys: both in float32 before and after it, and in the compute type queries,
     keys, values, their concatenation, the result, the residual stream and what attention reads; the refined image is
-    kept for the other branch of guidance.
+    kept for the other branch of guidance. With a ControlNet its own tokens wait meanwhile.
     """
     image = _filled((work.height // TOKEN_SIDE) * (work.width // TOKEN_SIDE))
     caption = _filled(work.tokens)
@@ -136,7 +138,11 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
     per_channel = wide + (8 if narrow else 6) * work.itemsize + 2 * stream
     kept = (SCHEDULE_STEPS * 4 * (len(sizes.blocks) + 1) + caption) * sizes.dim * work.itemsize
     latents = 8 * 16 * 4 * (work.height // LATENT_SIDE) * (work.width // LATENT_SIDE)
-    return (image + caption) * sizes.dim * per_channel + kept + latents
+    beside = 0
+    if sizes.control_blocks:  # its image, that after its refiner, what its layers begin with, and two streams
+        beside = (5 * image + 2 * caption) * sizes.dim * stream
+        beside += SCHEDULE_STEPS * 4 * sizes.control_blocks * sizes.dim * work.itemsize
+    return (image + caption) * sizes.dim * per_channel + kept + latents + beside
 
 
 def widened_weight(sizes: ModelSizes, work: Work) -> tuple[int, int]:

@@ -47,18 +47,20 @@ class Autoencoder:
         return (pixels * 0.5).add_(0.5).clamp_(0, 1)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, noise: Tensor, strip_levels: int = 0) -> Tensor:
+    def encode(self, pixels: Tensor, noise: Tensor | None, strip_levels: int = 0) -> Tensor:
         """Pixels (1, 3, 8h, 8w) of one image in [0, 1] to latents (1, 16, h, w), in float32.
 
-        As in diffusers' pipelines a sample of the encoder's distribution, `mean + deviation · noise`, and of it
-        `(z - shift_factor) · scaling_factor`. The first `strip_levels` of the encoder's resolutions are computed in
-        strips. Raises `NonFiniteError` if it is not finite in float32 either.
+        As in diffusers' pipelines a sample of the encoder's distribution, `mean + deviation · noise`, or without
+        `noise` its mean, and of it `(z - shift_factor) · scaling_factor`. The first `strip_levels` of the encoder's
+        resolutions are computed in strips. Raises `NonFiniteError` if it is not finite in float32 either.
         """
         config = self.vae.config
-        wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
+        # On a CPU torch's group norm loses what is flat in this layout: of edges on black a thousandth of the latents.
+        layout = torch.contiguous_format if pixels.device.type == "cpu" else torch.channels_last
+        wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=layout)
         moments = finite(lambda: self._moments(wide, strip_levels), "the image encoder")
         posterior = DiagonalGaussianDistribution(moments.float())
-        sampled = posterior.mean + posterior.std * noise
+        sampled = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         latents: Tensor = (sampled - (config.shift_factor or 0.0)) * config.scaling_factor
         return latents.contiguous()
 

@@ -23,7 +23,7 @@ from ..kernels import switch
 from ..memory.ladder import is_out_of_memory
 from .compiled import computes_plainly
 from .layers import is_bare
-from .transformer import Caption, ImageGrid, Modulation, ZImageTransformer
+from .transformer import Caption, Hint, ImageGrid, Modulation, ZImageTransformer
 
 MOST_TOKENS = 2048
 """Image and caption tokens of a forward that is recorded: 512 x 512 pixels and a caption of up to 1024. On an H200
@@ -141,17 +141,28 @@ class Graphs(Recordings):
         super().__init__(transformer, (transformer,), record, device_type)
         self._transformer = transformer
 
-    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
-        """The transformer's own `refine`."""
+    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation, hint: Hint | None = None) -> Tensor:
+        """The transformer's own `refine`; with a `hint`, which computes more between the blocks, as it stands."""
+        if hint is not None:
+            return type(self._transformer).refine(self._transformer, latents, grid, modulation, hint)
         own_grid = replace(grid, caption_length=0, rotations=grid.rotations[:, : grid.padded])  # one for all captions
         own_modulation = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
         return self._small("refine", grid.padded, latents, own_grid, own_modulation)
 
     def denoise(
-        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
+        self,
+        latents: Tensor,
+        caption: Caption,
+        grid: ImageGrid,
+        modulation: Modulation,
+        refined: Tensor | None = None,
+        hint: Hint | None = None,
     ) -> Tensor:
-        """The transformer's own `denoise`."""
+        """The transformer's own `denoise`; with a `hint` as it stands."""
         image = self.refine(latents, grid, modulation) if refined is None else refined
+        if hint is not None:
+            own = type(self._transformer).denoise
+            return own(self._transformer, latents, caption, grid, modulation, image, hint)
         return self._small("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
 
     def _small(self, name: str, tokens: int, *args: Any) -> Tensor:

@@ -8,7 +8,7 @@ called as a module, so adapters and quantised layers take effect. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -37,6 +37,8 @@ BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 BlockModulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """attention scale, attention gate, feed-forward scale, feed-forward gate; each (B, 1, dim)."""
+Hint = Callable[[int], Tensor | None]
+"""What is added to the tokens after a block, by its number in its list; each is asked for once, in order."""
 
 
 @dataclass(frozen=True)
@@ -152,42 +154,46 @@ class ZImageTransformer(ZImageTransformer2DModel):
 
         Linear layers see `ROWS` at a time, filled up, so that a noise level gives the same bits in any schedule.
         """
-        shape = timesteps.shape if timesteps.ndim == 2 else (len(timesteps), 1)
-        times = timesteps.reshape(-1) * self.t_scale
-        parts = F.pad(times, (0, -len(times) % ROWS)).split(ROWS)
-        embeddings = [self.t_embedder(part).to(self.compute_dtype) for part in parts]  # (ROWS, width)
-
-        def by_step(layer: Any) -> Tensor:
-            rows = [layer(embedding) for embedding in embeddings]
-            return torch.cat(rows)[: len(times)].unflatten(0, shape)  # (steps, B, out)
-
-        by_block = [
-            _block_modulations(by_step(block.adaLN_modulation)) for block in chain(self.noise_refiner, self.layers)
-        ]
+        by_step = self._by_step(timesteps)
+        own = _modulations(chain(self.noise_refiner, self.layers), by_step)
         final = 1.0 + by_step(self.all_final_layer[_PATCH_KEY].adaLN_modulation).unsqueeze(2)
-        return tuple(Modulation(blocks, last) for blocks, last in zip(zip(*by_block, strict=True), final, strict=True))
+        return tuple(Modulation(blocks, last) for blocks, last in zip(own, final, strict=True))
 
-    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
+    def modulations_of(self, blocks: Iterable[Any], timesteps: Tensor) -> tuple[tuple[BlockModulation, ...], ...]:
+        """For each row of `timesteps`, as `modulations` has them, that of each of some other model's `blocks`."""
+        return _modulations(blocks, self._by_step(timesteps))
+
+    def embed(self, latents: Tensor, grid: ImageGrid, embedder: Any = None) -> Tensor:
+        """Latents (B, C, H, W) to image tokens (B, padded, dim), by the model's own embedder or another's."""
+        batch, channels = latents.shape[:2]
+        patches = latents.to(self.compute_dtype).reshape(batch, channels, grid.rows, PATCH, grid.columns, PATCH)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, tokens, PATCH * PATCH * C)
+        tokens = (embedder or self.all_x_embedder[_PATCH_KEY])(patches)  # (B, tokens, dim)
+        if grid.padded > grid.tokens:
+            pads = self.x_pad_token.to(tokens.dtype).expand(batch, grid.padded - grid.tokens, -1)
+            tokens = torch.cat([tokens, pads], dim=1)  # (B, padded, dim)
+        return tokens.to(residual_dtype(self.compute_dtype))
+
+    def refine(self, latents: Tensor, grid: ImageGrid, modulation: Modulation, hint: Hint | None = None) -> Tensor:
         """Latents (B, C, H, W) to refined image tokens (B, padded, dim): the part that no caption enters.
 
         Two captions of the same padded length share it bit for bit.
         """
-        batch, channels = latents.shape[:2]
-        patches = latents.to(self.compute_dtype).reshape(batch, channels, grid.rows, PATCH, grid.columns, PATCH)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, tokens, PATCH * PATCH * C)
-        tokens = self.all_x_embedder[_PATCH_KEY](patches)  # (B, tokens, dim)
-        if grid.padded > grid.tokens:
-            pads = self.x_pad_token.to(tokens.dtype).expand(batch, grid.padded - grid.tokens, -1)
-            tokens = torch.cat([tokens, pads], dim=1)  # (B, padded, dim)
-        tokens = tokens.to(residual_dtype(self.compute_dtype))
-        rotations = grid.rotations[:, : grid.padded]
-        for block, block_modulation in zip(self.noise_refiner, modulation.blocks, strict=False):
+        tokens, rotations = self.embed(latents, grid), grid.rotations[:, : grid.padded]
+        for number, (block, block_modulation) in enumerate(zip(self.noise_refiner, modulation.blocks, strict=False)):
             with self.hold(block):
                 tokens = self._run_block(block, tokens, rotations, block_modulation)
+            tokens = _hinted(tokens, hint, number)
         return tokens
 
     def denoise(
-        self, latents: Tensor, caption: Caption, grid: ImageGrid, modulation: Modulation, refined: Tensor | None = None
+        self,
+        latents: Tensor,
+        caption: Caption,
+        grid: ImageGrid,
+        modulation: Modulation,
+        refined: Tensor | None = None,
+        hint: Hint | None = None,
     ) -> Tensor:
         """The flow's velocity from noise to image at the latents (B, C, H, W), in the compute type.
 
@@ -197,9 +203,11 @@ class ZImageTransformer(ZImageTransformer2DModel):
         image = self.refine(latents, grid, modulation) if refined is None else refined
         words = caption.tokens.expand(len(image), -1, -1)
         tokens = torch.cat([image, words], dim=1)  # (B, padded + caption length, dim)
-        for block, block_modulation in zip(self.layers, modulation.blocks[len(self.noise_refiner) :], strict=True):
+        modulations = modulation.blocks[len(self.noise_refiner) :]
+        for number, (block, block_modulation) in enumerate(zip(self.layers, modulations, strict=True)):
             with self.hold(block):
                 tokens = self._run_block(block, tokens, grid.rotations, block_modulation)
+            tokens = _hinted(tokens, hint, number)
         final = self.all_final_layer[_PATCH_KEY]
         patches = final.norm_final(tokens[:, : grid.tokens]) * modulation.final
         patches = final.linear(patches.to(self.compute_dtype))  # (B, tokens, PATCH * PATCH * C)
@@ -211,6 +219,19 @@ class ZImageTransformer(ZImageTransformer2DModel):
         first = axis_rotations(positions, self.axes_dims[0], self.rope_theta)  # (length, axis / 2)
         rest = first.new_ones(length, sum(self.axes_dims[1:]) // 2)
         return torch.cat([first, rest], dim=1).to(device)
+
+    def _by_step(self, timesteps: Tensor) -> Callable[[Any], Tensor]:
+        """Of a modulation layer, what it gives (steps, B, out) for `timesteps` (steps,) or (steps, B)."""
+        shape = timesteps.shape if timesteps.ndim == 2 else (len(timesteps), 1)
+        times = timesteps.reshape(-1) * self.t_scale
+        parts = F.pad(times, (0, -len(times) % ROWS)).split(ROWS)
+        embeddings = [self.t_embedder(part).to(self.compute_dtype) for part in parts]  # (ROWS, width)
+
+        def by_step(layer: Any) -> Tensor:
+            rows = [layer(embedding) for embedding in embeddings]
+            return torch.cat(rows)[: len(times)].unflatten(0, shape)
+
+        return by_step
 
     def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:
         return run_block(block, tokens, rotations, modulation, self.compute_dtype, self.attend)
@@ -249,6 +270,16 @@ _PATCH_KEY = f"{PATCH}-1"
 
 def _padded(length: int) -> int:
     return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _hinted(tokens: Tensor, hint: Hint | None, number: int) -> Tensor:
+    added = None if hint is None else hint(number)
+    return tokens if added is None else tokens + added
+
+
+def _modulations(blocks: Iterable[Any], by_step: Callable[[Any], Tensor]) -> tuple[tuple[BlockModulation, ...], ...]:
+    """By step, those of all `blocks`."""
+    return tuple(zip(*(_block_modulations(by_step(block.adaLN_modulation)) for block in blocks), strict=True))
 
 
 def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:

@@ -1,7 +1,8 @@
 """Random-weight Z-Image checkpoints in the exact layout of the hub, for this project's tests and for those of apps.
 
-Offers `build_checkpoint`, `checkpoint_parameters`, and `build_diffusers`, which has the same models in memory instead;
-importing it loads no torch, calling them does. What it writes is read by diffusers, transformers and zimage alike.
+Offers `build_checkpoint`, `checkpoint_parameters`, `build_controlnet`, which is for the same models, and
+`build_diffusers`, which has them in memory instead; importing it loads no torch, calling them does. What it writes is
+read by diffusers, transformers and zimage alike.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import build_checkpoint, checkpoint_parameters
+    from .controlnet import build_controlnet
     from .memory import build_diffusers
 
-_HOMES = {"build_checkpoint": "checkpoint", "build_diffusers": "memory", "checkpoint_parameters": "checkpoint"}
+_HOMES = {
+    "build_checkpoint": "checkpoint",
+    "build_controlnet": "controlnet",
+    "build_diffusers": "memory",
+    "checkpoint_parameters": "checkpoint",
+}
 
-__all__ = ["build_checkpoint", "build_diffusers", "checkpoint_parameters"]
+__all__ = ["build_checkpoint", "build_controlnet", "build_diffusers", "checkpoint_parameters"]
 
 
 def __getattr__(name: str) -> object:

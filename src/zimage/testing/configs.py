@@ -165,6 +165,29 @@ def transformer_config(size: Size, version: str) -> Config:
     }
 
 
+def controlnet_config(size: Size, version: str) -> Config:
+    """`config.json` of a ControlNet: 1.0, 2.0 or 2.1 of Z-Image-Turbo-Fun-Controlnet-Union."""
+    sees_masks = version != "1.0"
+    apart = max(1, size.n_layers // (15 if sees_masks else 6))
+    kinds = {"2.0": "control_layers", "2.1": "control_noise_refiner"}
+    return {
+        "_class_name": "ZImageControlNetModel",
+        "_diffusers_version": "0.37.0.dev0",
+        "add_control_noise_refiner": kinds.get(version),
+        "all_f_patch_size": [1],
+        "all_patch_size": [2],
+        "control_in_dim": 2 * LATENT_CHANNELS + 1 if sees_masks else LATENT_CHANNELS,
+        "control_layers_places": list(range(0, size.n_layers, apart)),
+        "control_refiner_layers_places": list(range(size.n_refiner_layers)) if sees_masks else [],
+        "dim": size.dim,
+        "n_heads": size.n_heads,
+        "n_kv_heads": size.n_heads,
+        "n_refiner_layers": size.n_refiner_layers,
+        "norm_eps": 1e-05,
+        "qk_norm": True,
+    }
+
+
 def text_encoder_config(size: Size, dtype: str, *, bos_token_id: int, eos_token_id: int) -> Config:
     """`text_encoder/config.json`: the language model's own, whichever class `model_index.json` names."""
     return {

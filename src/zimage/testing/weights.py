@@ -54,6 +54,7 @@ def _transformer_laws(large: bool) -> tuple[Law, ...]:
         Law(pattern=r"adaLN_modulation\.\d\.bias$", std=0.45),
         Law(pattern=r"^t_embedder\.mlp\.0\.weight$", gain=1.4),
         Law(pattern=r"^t_embedder\.mlp\.2\.weight$", gain=1.6),
+        Law(pattern=r"\.after_proj\.weight$", gain=0.5),
         Law(pattern=r"^all_final_layer\..*\.linear\.weight$", gain=0.7),
         Law(pattern=r"^context_refiner\..*\.feed_forward\.w3\.weight$", gain=2.0 * LARGE if large else 1.0),
         Law(pattern=r"\.feed_forward\.w[13]\.weight$", gain=LARGE if large else 1.0),
@@ -86,18 +87,23 @@ _VAE_LAWS = (
 
 def laws(component: str, size: Size, *, large: bool = False) -> tuple[Law, ...]:
     """The laws of a component's tensors; the first whose pattern is found in the name holds."""
-    if component == "transformer":
+    if component in ("transformer", "controlnet"):
         return _transformer_laws(large)
     return _text_encoder_laws(size) if component == "text_encoder" else _VAE_LAWS
 
 
 def blank_module(component: str, config: Config) -> Any:
-    """The diffusers or transformers module of a component (`transformer`, `text_encoder`, `vae`), without memory."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    """The diffusers or transformers module of a component (`transformer`, `text_encoder`, `vae`, `controlnet`), without
+    memory."""
+    from diffusers import AutoencoderKL, ZImageControlNetModel, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    classes: dict[str, Any] = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
+    classes: dict[str, Any] = {
+        "transformer": ZImageTransformer2DModel,
+        "vae": AutoencoderKL,
+        "controlnet": ZImageControlNetModel,
+    }
     with torch.device("meta"):
         if component == "text_encoder":
             return Qwen3Model(Qwen3Config(**arguments))
