@@ -90,16 +90,21 @@ def _kept(store: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value
     return store[key]
 
 
-def make_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
-    """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32."""
+def make_velocity(
+    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, sigmas: Tensor | None = None
+) -> Velocity:
+    """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32.
+
+    `sigmas` are the noise levels that it is asked for, by default the request's.
+    """
     transformer = preparation.transformer
-    levels = preparation.noise_levels(schedule(request))
+    levels = preparation.noise_levels(schedule(request) if sigmas is None else sigmas)
     positive = preparation.caption(conditioning.positive)
     negative = None if conditioning.negative is None else preparation.caption(conditioning.negative)
     first: dict[float, Caption] = {}
     if request.diversity:
         features = moved(conditioning.positive, request.seed, request.diversity)
-        first = dict.fromkeys(list(levels)[: moved_steps(len(levels))], preparation.caption(features))
+        first = dict.fromkeys(list(levels)[: moved_steps(request.steps)], preparation.caption(features))
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         level = levels[sigma]
@@ -132,18 +137,19 @@ def denoising_steps(
     start: int = 0,
     attempt: Attempt = once,
     known: Known | None = None,
+    levels: Tensor | None = None,
 ) -> Steps:
     """Take the request's steps from step `start` on; latents sent in replace the current ones, and what of an image is
-    `known` stays.
+    `known` stays. With `levels` (steps + 1,) the steps go along those instead of the request's.
 
     A step that is not finite is taken again, with everything since the caption features in float32, and so are the
     steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step. What
     computes goes through `attempt`, which may do it again.
     """
-    sigmas = attempt(lambda: schedule(request).tolist())
+    sigmas = attempt(lambda: (schedule(request) if levels is None else levels).tolist())
     sampler, total = SAMPLERS[request.sampler], len(sigmas) - 1
     sampler = sampler if known is None else keeping(sampler, known)
-    velocity = attempt(lambda: make_velocity(preparation, request, conditioning))
+    velocity = attempt(lambda: make_velocity(preparation, request, conditioning, levels))
     safe, previous = False, None
     for index in range(start, total):
         take = partial(
@@ -155,7 +161,7 @@ def denoising_steps(
         )
         step, good = attempt(partial(take, velocity))
         if not good and not safe:
-            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning))
+            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning, levels))
             step, good = attempt(partial(take, velocity))
         if not good:
             raise non_finite(f"denoising step {index + 1} of {total} (sigma {step.sigma:.3f})")
@@ -174,9 +180,11 @@ def _take(
     return step, is_finite(step.latents)
 
 
-def _float32_velocity(preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning) -> Velocity:
+def _float32_velocity(
+    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, levels: Tensor | None
+) -> Velocity:
     with Float32Math():
-        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning)
+        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning, levels)
 
     def widened(latents: Tensor, sigma: float) -> Tensor:
         with Float32Math():

@@ -152,12 +152,12 @@ class Parts(Adapted):
             parts.tokenizer,
             parts.transformer,
             variant=variant,
-            model=_described(place),
+            model=described(place),
             folder=place.folder,
         )
         made._follow(parts, target, before)
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
-            _warn_of_weights(parts.plan)
+            warn_of_weights(parts.plan)
         _warn_of_widening(parts.transformer, target)
         return made
 
@@ -251,7 +251,7 @@ def _plan(
     return plan_model(sizes, precision, find_budget(memory, device), **asked)
 
 
-def _described(place: Location) -> dict[str, str]:
+def described(place: Location) -> dict[str, str]:
     """The model that was loaded, as recipes name it."""
     file = "" if place.transformer is None else runtime.portable_path(place.transformer)
     return {
@@ -262,7 +262,7 @@ def _described(place: Location) -> dict[str, str]:
     }
 
 
-def _warn_of_weights(plan: Plan) -> None:
+def warn_of_weights(plan: Plan) -> None:
     """Where the plan alone decided that weights are stored in fewer bits."""
     if plan.placement.weights in (None, EXACT):
         return

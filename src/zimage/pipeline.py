@@ -38,6 +38,7 @@ from .denoiser import Conditioning, Preparation, denoising_steps
 from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
+from .files.relayed import require_one_model
 from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
@@ -200,6 +201,7 @@ class ZImagePipeline(Previewing):
         if it was made with adapters that are not loaded by the same names from the same files.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
+        require_one_model(recipe)
         if recipe.given:
             raise RequestError(
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
@@ -246,10 +248,18 @@ class ZImagePipeline(Previewing):
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
             begun = self._start(request, call)
         attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
-        start = partial(denoising_steps, call.preparation.under(adapters), request, attempt=attempt, known=begun.known)
+        levels = None if call.leg is None else call.leg.levels
+        start = partial(
+            denoising_steps,
+            call.preparation.under(adapters),
+            request,
+            attempt=attempt,
+            known=begun.known,
+            levels=levels,
+        )
         steps = start(conditioning, latents)
         replaced = None
-        for _ in range(request.steps):
+        for _ in range(request.steps if call.leg is None else len(call.leg.levels) - 1):
             call.check_cancelled()
             with self._computing(adapters):
                 step = steps.send(replaced)
@@ -277,6 +287,8 @@ class ZImagePipeline(Previewing):
         return Conditioning(*features)
 
     def _start(self, request: ResolvedRequest, call: Call) -> Start:
+        if call.leg is not None and call.leg.latents is not None:
+            return Start(call.leg.latents)
         shape = self._latent_shape(request)
         if request.image is None:
             return self._attempt("prompt", request, call.let_go)(partial(from_noise, request, shape, self.device))
