@@ -72,11 +72,11 @@ class Preparation:
         return _kept(self.grids, key, lambda: self.transformer.grid(*key))
 
     def noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
-        """By sigma, for every noise level but the final 0."""
+        """By sigma, for every noise level but a final 0."""
         return _kept(self.levels, tuple(sigmas.tolist()), lambda: self._noise_levels(sigmas))
 
     def _noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
-        times = model_timesteps(sigmas[:-1])
+        times = model_timesteps(sigmas[sigmas > 0])
         modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
         pairs = zip(times.tolist(), modulations, strict=True)
         return {sigma: NoiseLevel(*pair) for sigma, pair in zip(sigmas.tolist(), pairs, strict=False)}

@@ -26,7 +26,7 @@ from .memory.plan import Plan
 from .memory.planner import Planning, check_weights, plan_model
 from .memory.residency import Residency
 from .models.precision import choose_dtype
-from .parts import described, warn_of_weights
+from .parts import described
 from .pipeline import ZImagePipeline
 from .variants import BASE, TURBO, Variant, detect_variant
 
@@ -101,10 +101,7 @@ def load_pair(
     plans = plan_pair(sizes_of(found[0]), sizes_of(found[1]), make)
     held = held_memory(target)
     lender = ZImagePipeline.from_pretrained(base, dtype=precision, device=target, memory=plans.base, **access)
-    pair = Pair(lender, _finisher(lender, places[1], plans.turbo, target, held), plans.both)
-    if weight_dtype is None:
-        warn_of_weights(plans.both)
-    return pair
+    return Pair(lender, _finisher(lender, places[1], plans.turbo, target, held), plans.both)
 
 
 def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch.device, held: int) -> ZImagePipeline:

@@ -27,6 +27,7 @@ from .memory.plan import Plan
 from .models.text_encoder import Tokens
 from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
 from .pairing import check_pair, load_pair
+from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
 from .request import AnyRequest, GenerationRequest
 from .sampling.samplers import SamplerStep
@@ -86,6 +87,8 @@ class Relay:
             token=token,
             local_files_only=local_files_only,
         )
+        if weight_dtype is None:
+            warn_of_weights(pair.plan)
         made = cls(pair.base, pair.turbo)
         made._plan = pair.plan
         return made

@@ -134,14 +134,15 @@ class Recipe:
         if version != FORMAT:
             raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
         _exact_keys("recipe", document, (*_PARTS, *_OPTIONAL), optional=_OPTIONAL)
-        relay, given = document.get("relay"), document["given"]
-        turbo = None if relay is None else cls._read(turbo_document(relay))
+        given, handover, turbo = document["given"], 0.0, None
+        if "relay" in document:
+            turbo = cls._read(turbo_document(document["relay"]))
+            handover = document["relay"]["handover"]
         if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
             raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
         try:
             request = _read_request(document["request"])
             model, runtime, pixels = (document[part] for part in ("model", "runtime", "pixels"))
-            handover = 0.0 if relay is None else relay["handover"]
             return cls(request, model, runtime, pixels, tuple(given), document.get("adapters", {}), handover, turbo)
         except RequestError as error:
             raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
