@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,13 @@ def test_what_a_picture_costs(handover: float, options: dict[str, object], evalu
     request = make(handover, **options)  # type: ignore[arg-type]
     assert request.evaluations == evaluations
     assert request.steps == sum(len(levels) - 1 for levels in request.levels)
+
+
+def test_both_are_asked_for_one_picture() -> None:
+    request = make(0.5)
+    for change in ({"seed": 2}, {"prompt": "an owl"}, {"height": 512}):
+        with pytest.raises(RequestError, match=f"they have another {next(iter(change))}"):
+            replace(request, turbo=replace(request.turbo, **change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("handover", "said"), [(1.0, "base part"), (0.0, "Turbo part"), (1.5, "handover must be")])

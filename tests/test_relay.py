@@ -386,8 +386,8 @@ def test_other_containers(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_defaults_are_those_that_are_documented(relay: Relay, run_json: Callable[[str], Any]) -> None:
     request = relay.resolve(GenerationRequest("a fox", height=64, width=64, any_size=True))
-    assert (request.handover, request.base.num_inference_steps, request.turbo.num_inference_steps) == (0.9, 50, 8)
-    assert request.evaluations == 46
+    assert (request.handover, request.base.num_inference_steps, request.turbo.num_inference_steps) == (0.75, 25, 8)
+    assert request.evaluations == 38
     assert run_json(picture(relay).recipe.to_json())["relay"]["handover"] == 0.8
 
 

@@ -7,7 +7,7 @@ The base model goes down its own schedule until the handover, Turbo down its own
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,14 +16,16 @@ from .callbacks import StepCallback, StepHook
 from .calls import Call
 from .denoiser import schedule
 from .errors import RequestError
-from .request import ResolvedRequest
+from .files.relayed import SHARED
+from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .rules import number
 from .sampling.guidance import is_guided
 from .sampling.samplers import SAMPLERS, count_evaluations
 from .sampling.schedule import APART, levels_down_to, levels_from, model_timesteps
 
-HANDOVER = 0.9
-"""The noise level where Turbo takes over, where none is given; docs/relay.md has what others give."""
+HANDOVER, STEPS = 0.75, 25
+"""The noise level where Turbo takes over, and the steps of the base model's whole schedule, where none are given;
+docs/relay.md has what others give."""
 
 
 class Levels(NamedTuple):
@@ -46,6 +48,16 @@ class RelayRequest:
     base: ResolvedRequest
     turbo: ResolvedRequest
     handover: float
+
+    def __post_init__(self) -> None:
+        """Raises `RequestError` where the two are not of one picture, or that is from an image."""
+        if self.base.image is not None:
+            raise RequestError(
+                "a relay starts from noise and image is given; pass it to relay.base or relay.turbo, or leave it out"
+            )
+        for name in SHARED:
+            if getattr(self.base, name) != getattr(self.turbo, name):
+                raise RequestError(f"both models must be asked for one picture, and they have another {name}")
 
     @property
     def levels(self) -> Levels:
@@ -112,6 +124,26 @@ class RelayCall:
 def check_handover(handover: float) -> float:
     """`handover`, if it is a noise level; raises `RequestError` otherwise."""
     return number("handover", handover, 0.0, 1.0)
+
+
+def with_steps(request: AnyRequest) -> AnyRequest:
+    """`request` for the base model's part, with `STEPS` where it leaves the schedule open."""
+    if isinstance(request, ResolvedRequest) or request.num_inference_steps is not None or request.sigmas is not None:
+        return request
+    return replace(request, num_inference_steps=STEPS)
+
+
+def finish_of(request: ResolvedRequest, turbo_steps: int | None) -> GenerationRequest:
+    """What Turbo is asked for to finish the base model's picture."""
+    return GenerationRequest(
+        request.prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=turbo_steps,
+        seed=request.seed,
+        max_sequence_length=request.max_sequence_length,
+        any_size=True,
+    )
 
 
 def _evaluations(request: ResolvedRequest, levels: Tensor) -> int:

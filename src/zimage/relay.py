@@ -22,14 +22,14 @@ from .denoiser import Preparation
 from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences
-from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover
+from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover, finish_of, with_steps
 from .memory.plan import Plan
 from .models.text_encoder import Tokens
 from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
 from .pairing import check_pair, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
-from .request import AnyRequest, GenerationRequest
+from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 
 if TYPE_CHECKING:
@@ -112,22 +112,9 @@ class Relay:
                 raise RequestError(_SAYS_ALL)
             resolved = replace(request, base=self.base.resolve(request.base), turbo=self.turbo.resolve(request.turbo))
         else:
-            asked = self.base.resolve(GenerationRequest(request) if isinstance(request, str) else request)
-            finish = GenerationRequest(
-                asked.prompt,
-                height=asked.height,
-                width=asked.width,
-                num_inference_steps=turbo_steps,
-                seed=asked.seed,
-                max_sequence_length=asked.max_sequence_length,
-                any_size=True,
-            )
+            asked = self._resolve_base(GenerationRequest(request) if isinstance(request, str) else request)
             level = HANDOVER if handover is None else check_handover(handover)
-            resolved = RelayRequest(asked, self.turbo.resolve(finish), level)
-        if resolved.base.image is not None:
-            raise RequestError(
-                "a relay starts from noise and image is given; pass it to relay.base or relay.turbo, or leave it out"
-            )
+            resolved = RelayRequest(asked, self.turbo.resolve(finish_of(asked, turbo_steps)), level)
         _ = resolved.levels  # each model must have a step
         return resolved
 
@@ -152,9 +139,11 @@ class Relay:
 
         Args:
             prompt: as for a pipeline; or requests of an earlier output.
-            handover: the noise level where Turbo takes over, 0 to 1, 0.9 if not given. 1 is Turbo alone and 0 the base
+            handover: the noise level where Turbo takes over, 0 to 1, 0.75 if not given. 1 is Turbo alone and 0 the base
                 model alone: the same as a call of that pipeline with all other options, of which it refuses what it
                 cannot use.
+            num_inference_steps: of the base model's whole schedule, of which those above `handover` are taken; 25 if
+                not given.
             turbo_steps: steps of Turbo's whole schedule, of which those below `handover` are taken; 8 if not given.
             callback_on_step_end: called with the pipeline that is at work; steps are counted through. Caption features
                 that it changes stay so until the handover, or from then on to the end.
@@ -288,9 +277,13 @@ class Relay:
             if options or generator is not None or number != 1:
                 raise RequestError(_SAYS_ALL)
             return [make(one) for one in given]
-        pipe = self.base
-        asked = resolve_call(prompt, options, number, generator, resolve=pipe.resolve, latent_shape=pipe._latent_shape)
-        return [make(one) for one in asked]
+        resolve, shape = self._resolve_base, self.base._latent_shape
+        return [
+            make(one) for one in resolve_call(prompt, options, number, generator, resolve=resolve, latent_shape=shape)
+        ]
+
+    def _resolve_base(self, request: AnyRequest) -> ResolvedRequest:
+        return self.base.resolve(with_steps(request))
 
     def _fit(self, request: RelayRequest) -> None:
         self.base._fit(request.base)

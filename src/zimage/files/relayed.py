@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 KEYS = ("handover", "turbo")
-_SHARED = ("prompt", "seed", "height", "width", "max_sequence_length", "image")
+SHARED = ("prompt", "seed", "height", "width", "max_sequence_length", "image")
+"""What both models are asked alike."""
 
 
 def turbo_document(relay: Any) -> Mapping[str, Any]:
@@ -37,7 +38,7 @@ def check_relay(recipe: Recipe) -> float:
             raise RequestError("the recipe has a handover and nobody to hand over to")
         return 0.0
     handover = number("handover", recipe.handover, 0.0, 1.0)
-    same = all(getattr(base, name) == getattr(turbo.request, name) for name in _SHARED)
+    same = all(getattr(base, name) == getattr(turbo.request, name) for name in SHARED)
     variants = (base.variant, turbo.request.variant) == (BASE.name, TURBO.name)
     if not (variants and same and turbo.pixels == recipe.pixels and turbo.turbo is None and 0 < handover < 1):
         raise RequestError("the two parts of the recipe's relay are not of one picture, of base and then Turbo")
