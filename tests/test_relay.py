@@ -119,6 +119,22 @@ def test_at_its_ends_it_is_one_model_alone(relay: Relay, pipes: tuple[ZImagePipe
         assert last.image.tobytes() == output.images[0].tobytes()
 
 
+def test_diversity_is_of_the_whole_schedule_and_of_the_base_model(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def moved(steps: int) -> int:
+        asked.append(steps)
+        return 1
+
+    monkeypatch.setattr("zimage.denoiser.moved_steps", moved)
+    plain = latents(relay, num_inference_steps=16)
+    assert asked == []
+    assert not torch.equal(latents(relay, num_inference_steps=16, diversity=2.0), plain)
+    assert asked == [16]
+
+
 def test_pipelines_that_were_loaded_apart_draw_the_same(
     relay: Relay, pipes: tuple[ZImagePipeline, ZImagePipeline]
 ) -> None:
