@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from zimage import VARIANTS, GenerationRequest, read_recipe
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "demo.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "relay.md"]
 SMALLER = """
 from dataclasses import replace
 from zimage.variants import VARIANTS
@@ -84,7 +84,8 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
     assert len(files) >= 6
     files += sorted((ROOT / "examples").glob("*.py"))
     printed = run([sys.executable, "-W", "error", "-c", RUN_EACH, *map(str, files)], environment, here)
-    for said in ("ResolvedRequest(variant='base'", "8 of 8 sigma", "Z-Image-Turbo", "stopped the picture after step 4"):
+    for said in ("ResolvedRequest(variant='base'", "8 of 8 sigma", "Z-Image-Turbo", "stopped the picture after step 4",
+                 "the same bits again: True", "38 evaluations, Turbo from sigma 0.75"):  # fmt: skip
         assert said in printed
     assert {path.name for path in here.glob("*.png")} >= {
         "fox.png",

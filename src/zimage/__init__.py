@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     )
     from .files.png import read_recipe
     from .files.recipe import Recipe
+    from .legs import RelayOutput, RelayRequest
     from .output import Drawn, Replay, Step, ZImageOutput
     from .pipeline import ZImagePipeline
+    from .relay import Relay
     from .request import GenerationRequest, ResolvedRequest
     from .variants import VARIANTS, Variant
 
@@ -49,6 +51,9 @@ _HOMES = {
     "NonFiniteError": "errors",
     "NotEnoughMemory": "errors",
     "Recipe": "files.recipe",
+    "Relay": "relay",
+    "RelayOutput": "legs",
+    "RelayRequest": "legs",
     "Replay": "output",
     "RequestError": "errors",
     "ResolvedRequest": "request",
@@ -74,6 +79,9 @@ __all__ = [
     "NonFiniteError",
     "NotEnoughMemory",
     "Recipe",
+    "Relay",
+    "RelayOutput",
+    "RelayRequest",
     "Replay",
     "RequestError",
     "ResolvedRequest",

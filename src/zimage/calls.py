@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from .callbacks import StepHook
 from .denoiser import Preparation
 from .editing import SourceImage, canvas_size
@@ -29,6 +31,15 @@ class CancelToken(Protocol):
     def is_set(self) -> bool: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """A part of a picture's way: its noise `levels` (steps + 1,) in place of the request's, and the `latents`
+    (1, C, H, W) that it begins with, in float32 on the device, where it does not begin as the request says."""
+
+    levels: Tensor
+    latents: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Call:
     """What the pictures of one call share. Lives as long as the call."""
@@ -41,6 +52,8 @@ class Call:
     bar: Any = None
     let_go: Callable[[], None] | None = None
     """What is done before a step that ran out of memory is taken again."""
+    leg: Leg | None = None
+    """What of its way a picture goes, if not all."""
 
     def check_cancelled(self) -> None:
         """Raises `Cancelled` if the caller asked for it."""

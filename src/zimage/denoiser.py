@@ -73,11 +73,11 @@ class Preparation:
         return _kept(self.grids, key, lambda: self.transformer.grid(*key))
 
     def noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
-        """By sigma, for every noise level but the final 0."""
+        """By sigma, for every noise level but a final 0."""
         return _kept(self.levels, tuple(sigmas.tolist()), lambda: self._noise_levels(sigmas))
 
     def _noise_levels(self, sigmas: Tensor) -> dict[float, NoiseLevel]:
-        times = model_timesteps(sigmas[:-1])
+        times = model_timesteps(sigmas[sigmas > 0])
         modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
         pairs = zip(times.tolist(), modulations, strict=True)
         return {sigma: NoiseLevel(*pair) for sigma, pair in zip(sigmas.tolist(), pairs, strict=False)}
@@ -92,18 +92,25 @@ def _kept(store: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value
 
 
 def make_velocity(
-    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, control: Control | None = None
+    preparation: Preparation,
+    request: ResolvedRequest,
+    conditioning: Conditioning,
+    control: Control | None = None,
+    sigmas: Tensor | None = None,
 ) -> Velocity:
     """The guided flow of one picture as a function of latents (1, C, H, W) and sigma, in float32; with `control` both
-    branches of guidance are steered."""
+    branches of guidance are steered.
+
+    `sigmas` are the noise levels that it is asked for, by default the request's.
+    """
     transformer = preparation.transformer
-    levels = preparation.noise_levels(schedule(request))
+    levels = preparation.noise_levels(schedule(request) if sigmas is None else sigmas)
     positive = preparation.caption(conditioning.positive)
     negative = None if conditioning.negative is None else preparation.caption(conditioning.negative)
     first: dict[float, Caption] = {}
     if request.diversity:
         features = moved(conditioning.positive, request.seed, request.diversity)
-        first = dict.fromkeys(list(levels)[: moved_steps(len(levels))], preparation.caption(features))
+        first = dict.fromkeys(list(levels)[: moved_steps(request.steps)], preparation.caption(features))
 
     steering = None
     if control is not None:
@@ -154,18 +161,19 @@ def denoising_steps(
     attempt: Attempt = once,
     known: Known | None = None,
     control: Control | None = None,
+    levels: Tensor | None = None,
 ) -> Steps:
     """Take the request's steps from step `start` on; latents sent in replace the current ones, what of an image is
-    `known` stays, and `control` steers.
+    `known` stays, and `control` steers. With `levels` (steps + 1,) the steps go along those instead of the request's.
 
     A step that is not finite is taken again, with everything since the caption features in float32, and so are the
     steps after it; `NonFiniteError` if that does not help. Nothing is read back from the device inside a step. What
     computes goes through `attempt`, which may do it again.
     """
-    sigmas = attempt(lambda: schedule(request).tolist())
+    sigmas = attempt(lambda: (schedule(request) if levels is None else levels).tolist())
     sampler, total = SAMPLERS[request.sampler], len(sigmas) - 1
     sampler = sampler if known is None else keeping(sampler, known)
-    velocity = attempt(lambda: make_velocity(preparation, request, conditioning, control))
+    velocity = attempt(lambda: make_velocity(preparation, request, conditioning, control, levels))
     safe, previous = False, None
     for index in range(start, total):
         take = partial(
@@ -177,7 +185,8 @@ def denoising_steps(
         )
         step, good = attempt(partial(take, velocity))
         if not good and not safe:
-            safe, velocity = True, attempt(lambda: _float32_velocity(preparation, request, conditioning, control))
+            safe = True
+            velocity = attempt(lambda: _float32_velocity(preparation, request, conditioning, control, levels))
             step, good = attempt(partial(take, velocity))
         if not good:
             raise non_finite(f"denoising step {index + 1} of {total} (sigma {step.sigma:.3f})")
@@ -197,10 +206,14 @@ def _take(
 
 
 def _float32_velocity(
-    preparation: Preparation, request: ResolvedRequest, conditioning: Conditioning, control: Control | None
+    preparation: Preparation,
+    request: ResolvedRequest,
+    conditioning: Conditioning,
+    control: Control | None,
+    levels: Tensor | None,
 ) -> Velocity:
     with Float32Math():
-        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning, control)
+        velocity = make_velocity(Preparation(preparation.transformer), request, conditioning, control, levels)
 
     def widened(latents: Tensor, sigma: float) -> Tensor:
         with Float32Math():

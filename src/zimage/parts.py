@@ -154,12 +154,12 @@ class Parts(Controlled):
             parts.tokenizer,
             parts.transformer,
             variant=variant,
-            model=_described(place),
+            model=described(place),
             folder=place.folder,
         )
         made._follow(parts, target, before)
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
-            _warn_of_weights(parts.plan)
+            warn_of_weights(parts.plan)
         _warn_of_widening(parts.transformer, target)
         if controlnet is not None:
             made.load_controlnet(controlnet, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
@@ -258,7 +258,7 @@ def _plan(
     return plan_model(sizes, precision, find_budget(memory, device), **asked)
 
 
-def _described(place: Location) -> dict[str, str]:
+def described(place: Location) -> dict[str, str]:
     """The model that was loaded, as recipes name it."""
     file = "" if place.transformer is None else runtime.portable_path(place.transformer)
     return {
@@ -269,7 +269,7 @@ def _described(place: Location) -> dict[str, str]:
     }
 
 
-def _warn_of_weights(plan: Plan) -> None:
+def warn_of_weights(plan: Plan) -> None:
     """Where the plan alone decided that weights are stored in fewer bits."""
     if plan.placement.weights in (None, EXACT):
         return

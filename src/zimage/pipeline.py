@@ -38,6 +38,7 @@ from .denoiser import Conditioning, Preparation, denoising_steps
 from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
+from .files.relayed import require_one_model
 from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
@@ -206,6 +207,7 @@ class ZImagePipeline(Previewing):
         follow; `AdapterError` if it was made with adapters or a ControlNet that are not loaded from the same files.
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
+        require_one_model(recipe)
         if recipe.given:
             raise RequestError(
                 "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
@@ -254,11 +256,19 @@ class ZImagePipeline(Previewing):
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
             begun = self._start(request, call)
         attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
-        prepared = call.preparation.under(adapters)
-        start = partial(denoising_steps, prepared, request, attempt=attempt, known=begun.known, control=begun.control)
+        levels = None if call.leg is None else call.leg.levels
+        start = partial(
+            denoising_steps,
+            call.preparation.under(adapters),
+            request,
+            attempt=attempt,
+            known=begun.known,
+            control=begun.control,
+            levels=levels,
+        )
         steps = start(conditioning, latents)
         replaced = None
-        for _ in range(request.steps):
+        for _ in range(request.steps if call.leg is None else len(call.leg.levels) - 1):
             call.check_cancelled()
             with self._computing(adapters):
                 step = steps.send(replaced)
@@ -286,6 +296,8 @@ class ZImagePipeline(Previewing):
         return Conditioning(*features)
 
     def _start(self, request: ResolvedRequest, call: Call) -> Start:
+        if call.leg is not None and call.leg.latents is not None:
+            return Start(call.leg.latents)
         stage = "prompt" if request.image is None and request.control_image is None else "image"
         shape, net = self._latent_shape(request), self._controlnet_for(request)
         make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net)

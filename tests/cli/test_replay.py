@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from zimage import ZImagePipeline, read_recipe
+from zimage import VARIANTS, GenerationRequest, ZImagePipeline, read_recipe
 from zimage.files.png import Picture, save_png
 from zimage.files.recipe import Recipe, pixel_digest
 
@@ -55,6 +55,16 @@ def test_replay_as_json(zimage: Callable[..., Any], file: Path) -> None:
     assert report["pixels"] == read_recipe(file).pixels
     assert report["evaluations"] == 6
     assert [path.name for path in file.parent.iterdir()] == ["fox.png"]
+
+
+def test_a_relays_picture_is_said_to_be_one(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path) -> None:
+    recipe = recipe_of(drawn)
+    request = GenerationRequest("ein Fuchs", seed=7, height=256, width=256, any_size=True).resolve(VARIANTS["turbo"])
+    turbo = replace(recipe, request=request, model={**recipe.model, "variant": "turbo"})
+    save_png(drawn, tmp_path / "relay.png", replace(recipe, handover=0.75, turbo=turbo))
+    ended = zimage("replay", tmp_path / "relay.png")
+    assert (ended.code, ended.out) == (2, "")
+    assert "made by a relay of two models" in ended.err
 
 
 def test_other_bits_are_told_with_what_differs(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path) -> None:

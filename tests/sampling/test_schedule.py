@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
-from zimage.sampling.schedule import model_timesteps, shifted_sigmas
+from zimage.sampling.schedule import APART, levels_down_to, levels_from, model_timesteps, shifted_sigmas
 
 
 def reference(sigmas: list[float] | np.ndarray, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,3 +61,14 @@ def test_descends_from_1_to_0(steps: int) -> None:
     assert sigmas[0] == 1
     assert sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
+
+
+def test_a_schedule_is_divided_at_a_noise_level() -> None:
+    sigmas = shifted_sigmas(8, 3.0)
+    assert levels_down_to(sigmas, 0.7).tolist() == pytest.approx([1, 21 / 22, 0.9, 15 / 18, 0.75, 0.7])
+    assert levels_from(sigmas, 0.7).tolist() == pytest.approx([0.7, 9 / 14, 0.5, 0.3, 0])
+    for near in (0.9, 0.9 + 5e-6, 0.9 - 5e-6):  # one level, however it was rounded
+        assert len(levels_down_to(sigmas, near)) == 3
+        assert len(levels_from(sigmas, near)) == 7
+    fine = shifted_sigmas(1000, 6.0)
+    assert (fine[:-1] - fine[1:]).min() > 10 * APART

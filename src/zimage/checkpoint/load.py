@@ -63,8 +63,11 @@ def load_components(
     device: torch.device | str = "cpu",
     planner: Planner | None = None,
     transformer: Path | None = None,
+    parts: Sequence[str] = PARTS,
 ) -> Components:
     """The components in `folder`, their weights in `dtype`, in evaluation mode and without gradients.
+
+    Those that are not among `parts` are checked, but get no weights.
 
     The transformer's are in the file `transformer` if it is given; layers that a GGUF file has in fewer bits stay so.
     All are on `device`, or where the plan has them that `planner` makes of their sizes before anything is read; layers
@@ -82,11 +85,13 @@ def load_components(
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason(error)}") from error
     found.require()
-    return _load(found, dtype, target, None if planner is None else planner(sizes_of(found)))
+    return _load(found, dtype, target, None if planner is None else planner(sizes_of(found)), parts)
 
 
 @torch.inference_mode(False)
-def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | None) -> Components:
+def _load(
+    found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | None, parts: Sequence[str]
+) -> Components:
     configs = found.configs
     assert configs.text_encoder is not None  # the survey found no errors
     assert configs.shift is not None
@@ -95,7 +100,7 @@ def _load(found: Survey, dtype: torch.dtype, device: torch.device, plan: Plan | 
         quantize(found.blanks["text_encoder"].module, plan.placement.weights, "layers")
         activations = plan.placement.quantize_activations
         quantize(found.blanks["transformer"].module, plan.placement.weights, *BLOCKS, activations=activations)
-    for component in PARTS:
+    for component in parts:
         blank, weights = found.blanks[component], found.weights[component]
         streamed = streamed_names(plan.placement, component, blank.module) if plan else []
         is_apart = plan is not None and component == "text_encoder" and plan.placement.text_encoder != "resident"

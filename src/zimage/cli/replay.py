@@ -66,8 +66,10 @@ def replay(
     Says whether it has the same bits (exit code 0) or not (1), and then what is not as it was.
     """
     from ..files.png import read_recipe
+    from ..files.relayed import require_one_model
 
     recipe = read_recipe(file)
+    require_one_model(recipe)
     edited = _is_edited(file, recipe)
     if recipe.given:
         raise RequestError(f"{file} was made from {', '.join(recipe.given)}, which the file does not hold")

@@ -78,27 +78,20 @@ def tell(sentences: Iterable[str]) -> None:
 
 def evaluations(request: ResolvedRequest) -> int:
     """Transformer evaluations of one picture, counted by driving its sampler with a stand-in for the model."""
-    from torch import Tensor, zeros
-
     from ..sampling.guidance import is_guided
-    from ..sampling.samplers import SAMPLERS, sample
+    from ..sampling.samplers import SAMPLERS, count_evaluations
     from ..sampling.schedule import model_timesteps, shifted_sigmas
-
-    counted = 0
-
-    def velocity(latents: Tensor, sigma: float) -> Tensor:
-        nonlocal counted
-        counted += 2 if is_guided(times[sigma], request.guidance_scale, request.cfg_truncation) else 1
-        return latents
 
     levels = shifted_sigmas(
         request.num_inference_steps, request.shift, request.sigmas, request.strength, request.keep_steps
     )
     sigmas = levels.tolist()
     times = dict(zip(sigmas, model_timesteps(levels).tolist(), strict=True))
-    for _ in sample(SAMPLERS[request.sampler], velocity, zeros(1), sigmas, request.cache):
-        pass
-    return counted
+
+    def branches(sigma: float) -> int:
+        return 2 if is_guided(times[sigma], request.guidance_scale, request.cfg_truncation) else 1
+
+    return count_evaluations(SAMPLERS[request.sampler], sigmas, branches, request.cache)
 
 
 def print_json(recipe: Recipe, *, seconds: float, **more: Any) -> None:

@@ -19,6 +19,7 @@ from ..errors import RequestError
 from ..request import ResolvedRequest
 from ..rules import integer, is_unicode, shown
 from ..variants import get_variant
+from .relayed import check_relay, turbo_document
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,8 @@ _IMAGE_KEYS = ("width", "height", "sha256")
 ADAPTER_KEYS = ("source", "digest")
 TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
-_OPTIONAL = ("adapters", "controlnet")
+_FILES = ("adapters", "controlnet")
+_OPTIONAL = (*_FILES, "relay")
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
 _MAX_SHIFT = 1000.0
 MAX_IMAGE_SIDE = 2**26
@@ -55,6 +57,8 @@ class Recipe:
         given: names of tensors that the request had in place of texts or noise.
         adapters: of each adapter of the request by name, its `source` (hub id or file) and the `digest` of its file.
         controlnet: the same of the ControlNet, where the request has a control image; else it is empty.
+        handover, turbo: of a relay's picture, the noise level at which Turbo took over from the base model, whose all
+            the above is, and Turbo's own recipe of the same picture.
     """
 
     request: ResolvedRequest
@@ -64,6 +68,8 @@ class Recipe:
     given: tuple[str, ...] = ()
     adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     controlnet: Mapping[str, str] = field(default_factory=dict)
+    handover: float = 0.0
+    turbo: Recipe | None = None
 
     def __post_init__(self) -> None:
         given = tuple(name for name in TENSOR_NAMES if name in self.request.tensors or name in self.given)
@@ -82,6 +88,7 @@ class Recipe:
         if self.model["variant"] not in ("", self.request.variant):
             raise RequestError(f"the recipe is for {self.request.variant}, but its model is {self.model['variant']}")
         _digest("the recipe's pixels", self.pixels)
+        object.__setattr__(self, "handover", check_relay(self))
 
     @property
     def replayable(self) -> bool:
@@ -119,27 +126,36 @@ class Recipe:
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
         contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
         document = dict(zip(_PARTS, contents, strict=True))
-        document |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name)}
+        document |= {name: getattr(self, name) for name in _FILES if getattr(self, name)}
+        if self.turbo is not None:
+            document["relay"] = {"handover": self.handover, "turbo": json.loads(self.turbo.to_json())}
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
         return text if is_unicode(text) else json.dumps(document, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read a recipe that may come from anyone; raises `RequestError`, and nothing else, if it is not valid."""
-        document = _parse(text)
+        return cls._read(_parse(text))
+
+    @classmethod
+    def _read(cls, document: Mapping[str, Any]) -> Recipe:
         version = document.get("format")
         if type(version) is not int or version < 1:
             raise RequestError("this is not a zimage recipe: it has no format number")
         if version != FORMAT:
             raise RequestError(f"the recipe has format {shown(version)}, this zimage reads format {FORMAT}; update it")
         _exact_keys("recipe", document, (*_PARTS, *_OPTIONAL), optional=_OPTIONAL)
-        given = document["given"]
+        given, handover, turbo = document["given"], 0.0, None
+        if "relay" in document:
+            turbo = cls._read(turbo_document(document["relay"]))
+            handover = document["relay"]["handover"]
         if not isinstance(given, list) or any(name not in TENSOR_NAMES for name in given):
             raise RequestError(f"the recipe's given must list names of tensors, got {shown(given)}")
         try:
             request = _read_request(document["request"])
             model, runtime, pixels = (document[part] for part in ("model", "runtime", "pixels"))
-            return cls(request, model, runtime, pixels, tuple(given), *(document.get(name, {}) for name in _OPTIONAL))
+            adapters, controlnet = (document.get(name, {}) for name in _FILES)
+            return cls(request, model, runtime, pixels, tuple(given), adapters, controlnet, handover, turbo)
         except RequestError as error:
             raise RequestError(f"the recipe is not valid: {str(error)[:300]}") from None
 
@@ -187,6 +203,8 @@ def parameters_text(recipe: Recipe) -> str:
         "Model": _one_line(PurePath(recipe.model["source"]).name or get_variant(request.variant).title),
         "Version": f"zimage {_one_line(recipe.runtime.get('zimage', ''))}".strip(),
     }
+    if recipe.turbo is not None:
+        values["Handover to Turbo"] = f"{recipe.handover:g}"
     if request.image is not None:
         values["Denoising strength"] = f"{request.strength:g}"
     lines = [_one_line(request.prompt)]

@@ -42,9 +42,14 @@ class Residency:
         layers: Sequence[Layer] = (),
         read: Reader | None = None,
     ) -> None:
-        """`layers` are off the device already, as `placement` has it; without `read` nothing can go back to files."""
+        """`layers` are off the device already, as `placement` has it; without `read` nothing can go back to files.
+
+        `text_encoder` is None where another's residency moves it.
+        """
         self.read = read
         self._models = {"text_encoder": text_encoder, "transformer": transformer}
+        if text_encoder is None:
+            del self._models["text_encoder"]
         self._layers: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
         self._ring: Ring | None = None
         self._hooks: list[Any] = []
@@ -72,7 +77,7 @@ class Residency:
                         self._take(component, name, source, pinned=device.type == "cuda")
         finally:
             self._wire()
-        apart = self._models["text_encoder"] if placement.text_waits else None
+        apart = self._models.get("text_encoder") if placement.text_waits else None
         for model in self._models.values():
             for tensor in self._staying(model):
                 tensor.data = tensor.data.to(_HOST if model is apart else device)
@@ -113,7 +118,7 @@ class Residency:
                 yield tensor
 
     def _wire(self) -> None:
-        for layer in self._models["text_encoder"].layers:
+        for layer in self._models["text_encoder"].layers if "text_encoder" in self._models else ():
             if layer in self._layers:
                 self._hooks.append(layer.register_forward_pre_hook(self._enter))
                 self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))

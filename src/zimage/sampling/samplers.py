@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -110,6 +111,28 @@ def sample(
         latents = previous.latents
         if replaced is not None:
             latents, previous = replaced, None
+
+
+def count_evaluations(
+    sampler: Sampler,
+    sigmas: Sequence[float],
+    per_evaluation: Callable[[float], int],
+    evaluated: Collection[int] = (),
+) -> int:
+    """Evaluations of the model in a schedule, counted by driving the sampler with a stand-in for it.
+
+    `per_evaluation` says how many there are at a noise level: two with guidance, else one.
+    """
+    counted = 0
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        nonlocal counted
+        counted += per_evaluation(sigma)
+        return latents
+
+    for _ in sample(sampler, velocity, torch.zeros(1), sigmas, evaluated):
+        pass
+    return counted
 
 
 def _evaluating(

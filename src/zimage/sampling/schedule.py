@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..editing import skipped_steps
 
+APART = 1e-5
+"""Noise levels that are nearer are one level, rounded twice: a tenth of the nearest two of a schedule of 1000 steps."""
+
 
 def shifted_sigmas(
     steps: int, shift: float, sigmas: Sequence[float] = (), strength: float = 1.0, keep_steps: bool = False
@@ -30,6 +33,17 @@ def shifted_sigmas(
     levels = shift * levels / (1 + (shift - 1) * levels)
     levels = levels[skipped_steps(steps, strength, keep_steps) :]
     return torch.cat([levels, torch.zeros(1, **kind)])
+
+
+def levels_down_to(levels: Tensor, sigma: float) -> Tensor:
+    """The beginning of a schedule, (steps + 1,): all levels above `sigma`, and that one in place of the first that is
+    not."""
+    return torch.cat([levels[levels > sigma + APART], levels.new_tensor([sigma])])
+
+
+def levels_from(levels: Tensor, sigma: float) -> Tensor:
+    """The end of a schedule, (steps + 1,): `sigma`, and all levels below it."""
+    return torch.cat([levels.new_tensor([sigma]), levels[levels < sigma - APART]])
 
 
 def model_timesteps(sigmas: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Two models that are loaded as one: what they share, what the plan says, and which two do not belong together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zimage import CheckpointError, Relay, RequestError, ZImagePipeline, ZImageWarning
+from zimage.memory.pairs import PairPlan, plan_pair
+from zimage.memory.plan import Plan
+from zimage.memory.sizes import ModelSizes
+from zimage.testing import build_checkpoint
+
+PICTURE: dict[str, Any] = {
+    "handover": 0.8, "height": 64, "width": 64, "any_size": True, "num_inference_steps": 3, "seed": 5,
+    "output_type": "latent", "progress": False,
+}  # fmt: skip
+
+
+def load(base: Path | str, turbo: Path | str, **options: Any) -> Relay:
+    return Relay.from_pretrained(base, turbo, **{"device": "cpu", "dtype": "float32", **options})
+
+
+def draw(relay: Relay, prompt: str = "a fox", **options: Any) -> torch.Tensor:
+    drawn: torch.Tensor = relay(prompt, **{**PICTURE, **options})[0]
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def expected(base_folder: Path, turbo_folder: Path) -> torch.Tensor:
+    return draw(load(base_folder, turbo_folder), negative_prompt="blurry")
+
+
+def test_what_both_need_is_loaded_once(base_folder: Path, turbo_folder: Path) -> None:
+    relay = load(base_folder, turbo_folder)
+    assert relay.turbo.text_encoder is relay.base.text_encoder
+    assert relay.turbo.autoencoder is relay.base.autoencoder
+    assert relay.turbo.transformer is not relay.base.transformer
+    assert not any(one.is_meta for one in relay.turbo.transformer.parameters())
+    assert [pipe.variant.name for pipe in (relay.base, relay.turbo)] == ["base", "turbo"]
+    assert [pipe.model["source"] for pipe in (relay.base, relay.turbo)] == [str(base_folder), str(turbo_folder)]
+    assert relay.plan is not None
+    assert relay.plan.sizes.transformer == 2 * relay.base.plan.sizes.transformer  # type: ignore[union-attr]
+    assert relay.plan.sizes.text_encoder == relay.base.plan.sizes.text_encoder  # type: ignore[union-attr]
+    with ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32") as alone:
+        options = {name: value for name, value in PICTURE.items() if name != "handover"}
+        assert torch.equal(alone("a fox", **options)[0], draw(relay, handover=1))  # type: ignore[index]
+
+
+def streaming(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Let both be loaded for a plan in which layers pass through, read from their files."""
+
+    def planned(base: ModelSizes, turbo: ModelSizes, make: Callable[[ModelSizes], Plan]) -> PairPlan:
+        def changed(sizes: ModelSizes) -> Plan:
+            plan = make(sizes)
+            files = {"slots": 2, "text_source": "files", "block_source": "files"}
+            return replace(plan, placement=replace(plan.placement, **files, **changes))
+
+        return plan_pair(base, turbo, changed)
+
+    monkeypatch.setattr("zimage.pairing.plan_pair", planned)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_encoder": "streamed"},
+        {"resident_blocks": 1},
+        {"text_encoder": "streamed", "resident_blocks": 0, "context_resident": False},
+    ],
+)
+def test_what_passes_through_the_device_gives_the_same_bits(
+    base_folder: Path,
+    turbo_folder: Path,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    streaming(monkeypatch, **changes)
+    with load(base_folder, turbo_folder) as relay:
+        away = [parameter.is_meta for pipe in (relay.base, relay.turbo) for parameter in pipe.transformer.parameters()]
+        assert any(away) == ("resident_blocks" in changes)
+        for prompt in ("an owl", "a fox"):
+            drawn = draw(relay, prompt, negative_prompt="blurry")
+        assert torch.equal(drawn, expected)
+        alone = draw(relay, "a new prompt", handover=1)
+        assert torch.equal(draw(relay, "a new prompt", handover=1), alone)
+        layers = relay.base.text_encoder.model.layers
+        assert all(one.is_meta for one in layers.parameters()) == ("text_encoder" in changes)
+
+
+def test_moving_one_model_leaves_the_shared_text_encoder_to_the_other(
+    base_folder: Path, turbo_folder: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streaming(monkeypatch, text_encoder="streamed")
+    with load(base_folder, turbo_folder) as relay:
+        relay.turbo.enable_sequential_cpu_offload()
+        assert all(one.is_meta for one in relay.turbo.transformer.layers[0].attention.parameters())
+        assert not any(one.is_meta for one in relay.base.transformer.parameters())
+        relay.base.text_encoder.forget()
+        assert torch.equal(draw(relay, negative_prompt="blurry"), expected)
+        relay.turbo.close()
+        options = {name: value for name, value in PICTURE.items() if name != "handover"}
+        relay.base("another prompt", **options)
+
+
+def test_a_budget_that_is_too_small_for_both_in_full_is_kept(base_folder: Path, turbo_folder: Path) -> None:
+    whole = load(base_folder, turbo_folder).plan
+    assert whole is not None
+    amount = int((whole.device_peak - 300_000) / 0.9)
+    with load(base_folder, turbo_folder, memory=amount) as relay:
+        assert relay.plan is not None
+        assert relay.plan.device_peak <= relay.plan.budget.device < whole.device_peak
+        assert relay.plan.placement != whole.placement
+        held = {id(one): one for pipe in (relay.base, relay.turbo)
+                for model in (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
+                for one in model.parameters() if not one.is_meta}  # fmt: skip
+        assert sum(one.nbytes for one in held.values()) <= relay.plan.device_peak
+
+
+def test_weights_in_fewer_bits_are_of_both(base_folder: Path, turbo_folder: Path) -> None:
+    with load(base_folder, turbo_folder, weight_dtype="int8") as relay:
+        assert relay.base.weights == relay.turbo.weights == "int8"
+        recipe = relay("a fox", **{**PICTURE, "output_type": "pil"})[0][0].recipe
+        assert recipe.runtime["weights"] == recipe.turbo.runtime["weights"] == "int8"
+        assert relay.replay(recipe).same_bits
+    with pytest.raises(RequestError, match="weight_dtype must be"):
+        load(base_folder, turbo_folder, weight_dtype="int3")
+
+
+def test_the_order_is_base_and_then_turbo(base_folder: Path, turbo_folder: Path, base: Any, turbo: Any) -> None:
+    for make in (load, lambda *pair: Relay(*(base if one == base_folder else turbo for one in pair))):
+        with pytest.raises(RequestError, match="change their order"):
+            make(turbo_folder, base_folder)
+        with pytest.raises(RequestError, match="it needs one model of each kind"):
+            make(base_folder, base_folder)
+    with pytest.raises(RequestError, match="base must be a ZImagePipeline, got str"):
+        Relay("base", turbo)  # type: ignore[arg-type]
+
+
+def test_models_with_another_vae_or_text_encoder_are_refused(base_folder: Path, tmp_path: Path, base: Any) -> None:
+    other = build_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"do not share their VAE.*the values of"):
+        load(base_folder, other)
+    shutil.rmtree(other / "vae")
+    shutil.copytree(base_folder / "vae", other / "vae")
+    with pytest.raises(CheckpointError, match=r"do not share their text encoder.*the values of"):
+        load(base_folder, other)
+    turbo = ZImagePipeline.from_pretrained(other, device="cpu", dtype="float32")
+    with pytest.raises(RequestError, match=r"do not share their text encoder.*the values of"):
+        Relay(base, turbo)
+
+
+def test_pipelines_that_differ_where_they_compute_are_refused(turbo_folder: Path, base: Any) -> None:
+    turbo = ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="bfloat16")
+    with pytest.raises(RequestError, match=r"one dtype, base has torch\.float32 and turbo torch\.bfloat16"):
+        Relay(base, turbo)
+    turbo = ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32")
+    turbo.autoencoder.vae.config.scaling_factor = 0.5
+    with pytest.raises(RequestError, match=r"do not share their VAE.*scaling_factor is 0\.3611 and 0\.5"):
+        Relay(base, turbo)
+
+
+def test_the_plans_own_choice_of_weights_is_said(
+    base_folder: Path, turbo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(base: ModelSizes, turbo: ModelSizes, make: Any) -> PairPlan:
+        return plan_pair(base, turbo, lambda sizes: make(sizes, weights="int8"))
+
+    monkeypatch.setattr("zimage.pairing.plan_pair", planned)
+    with pytest.warns(ZImageWarning, match="stored in int8") as said:
+        load(base_folder, turbo_folder)
+    assert said[0].filename == __file__
