@@ -19,6 +19,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "editing",
+        "hires",
         "variants",
         "rules",
         "request",
@@ -48,6 +49,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "placed",
         "previews",
+        "recorded",
         "starting",
         "adapted",
         "controlled",
@@ -70,6 +72,7 @@ OPEN_TO_APPS = (
     "editing",
     "errors",
     "files",
+    "hires",
     "memory",
     "pipeline",
     "prompts",
@@ -222,5 +225,6 @@ def test_the_imports_are_found() -> None:
     assert {"pipeline", "errors"} <= own(imports(""))
     assert {"", "request", "errors", "cli.options", "cli.targets"} <= own(imports("cli.generate"))
     assert {"cli.generate", "_version"} <= own(imports("cli"))
-    assert {"previews", "denoiser", "files.png"} <= own(imports("pipeline", at_import=True))
+    assert {"recorded", "denoiser"} <= own(imports("pipeline", at_import=True))
+    assert {"previews", "files.png"} <= own(imports("recorded", at_import=True))
     assert {"components", "runtime", "checkpoint.load"} <= own(imports("parts", at_import=True))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .files.png import read_recipe
     from .files.recipe import Recipe
+    from .hires import Hires
     from .legs import RelayOutput, RelayRequest
     from .output import Drawn, Replay, Step, ZImageOutput
     from .pipeline import ZImagePipeline
@@ -47,6 +48,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "Drawn": "output",
     "GenerationRequest": "request",
+    "Hires": "hires",
     "MissingExtra": "errors",
     "NonFiniteError": "errors",
     "NotEnoughMemory": "errors",
@@ -75,6 +77,7 @@ __all__ = [
     "CheckpointError",
     "Drawn",
     "GenerationRequest",
+    "Hires",
     "MissingExtra",
     "NonFiniteError",
     "NotEnoughMemory",

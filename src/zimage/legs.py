@@ -55,6 +55,10 @@ class RelayRequest:
             raise RequestError(
                 "a relay starts from noise and image is given; pass it to relay.base or relay.turbo, or leave it out"
             )
+        if self.base.hires is not None or self.turbo.hires is not None:
+            raise RequestError(
+                "a relay makes no second pass and hires is given; make the picture without, and enlarge it with image="
+            )
         for name in SHARED:
             if getattr(self.base, name) != getattr(self.turbo, name):
                 raise RequestError(f"both models must be asked for one picture, and they have another {name}")

@@ -8,8 +8,8 @@ turns.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import runtime
 from .callbacks import StepCallback, StepHook
 from .calls import (
     PICTURE_OPTIONS,
     Call,
     CancelToken,
     progress_bar,
-    read_given,
     read_sources,
     resolve_call,
     result_of,
@@ -35,20 +33,17 @@ from .calls import (
 )
 from .canvas import has_mask, lay_out, lay_out_control
 from .denoiser import Conditioning, Preparation, denoising_steps
-from .errors import RequestError
-from .files.png import Picture, read_recipe
-from .files.recipe import Recipe, differences, pixel_digest
-from .files.relayed import require_one_model
+from .hires import Hires, passes
 from .many import Drawing
 from .models.autoencoder import to_image
-from .output import Drawn, Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
-from .previews import Previewing
+from .output import Drawn, Step, ZImageOutput, check_output_type, check_stackable, collect
+from .recorded import Recorded
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
-from .starting import Start, begin
+from .starting import Start, begin, enlarged
 
 
-class ZImagePipeline(Previewing):
+class ZImagePipeline(Recorded):
     """Pictures from Z-Image and Z-Image-Turbo.
 
     Args:
@@ -115,6 +110,7 @@ class ZImagePipeline(Previewing):
         controlnet_conditioning_scale: float | None = None,
         adapters: Mapping[str, float] | None = None,
         diversity: float | None = None,
+        hires: float | Hires | None = None,
         any_size: bool | None = None,
         cancel: CancelToken | None = None,
         progress: bool = True,
@@ -190,72 +186,29 @@ class ZImagePipeline(Previewing):
         options = self._bar_options if progress else {"disable": True}
         return Drawing(self, requests, cancel=cancel, bar_options=options, embed_recipe=embed_recipe).pictures()
 
-    def replay(
-        self,
-        picture: str | os.PathLike[str] | Recipe,
-        *,
-        image: Any = None,
-        mask_image: Any = None,
-        control_image: Any = None,
-        cancel: CancelToken | None = None,
-        progress: bool = False,
-    ) -> Replay:
-        """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
-
-        A picture that was made from images needs them again, `image`, `mask_image` and `control_image` as they were
-        given then. Raises `RequestError` for others, and if the file has no recipe, or one that this model cannot
-        follow; `AdapterError` if it was made with adapters or a ControlNet that are not loaded from the same files.
-        """
-        recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
-        require_one_model(recipe)
-        if recipe.given:
-            raise RequestError(
-                "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
-            )
-        self._require_adapters(recipe)
-        images = read_given(image=image, mask_image=mask_image, control_image=control_image)
-        request = recipe.with_images(**images)
-        output = self(request, cancel=cancel, progress=progress)
-        assert isinstance(output, ZImageOutput)
-        made = output.images[0]
-        return Replay(
-            image=made,
-            request=output.requests[0],
-            same_bits=made.recipe.pixels == recipe.pixels,
-            differences=tuple(differences(recipe, made.recipe.model, made.recipe.runtime)),
-        )
-
-    def recipe(self, request: ResolvedRequest, image: Image.Image, strip_levels: int | None = None) -> Recipe:
-        """All that is needed to make `image` again from `request`.
-
-        `strip_levels` of its decode were in strips, as many as would be now if not given.
-        """
-        strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
-        return Recipe(
-            request=request,
-            model={**self.model, "variant": self.variant.name},
-            runtime=runtime.describe(
-                self.device,
-                self.dtype,
-                strip_levels,
-                self.weights,
-                activations=self.activations,
-                attention=self.attention_backend,
-                compiled=self.compiled,
-            ),
-            pixels=pixel_digest(image),
-            adapters=self._described_adapters(request),
-            controlnet=self._described_controlnet(request),
-        )
-
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
-        """Encode, then one denoising step at a time; returns the final latents (1, C, H, W)."""
+        """Encode, then one denoising step at a time, of each pass; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
-        adapters = self._attachments.pick(request.adapters)
         with self._computing():
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
-            begun = self._start(request, call)
-        attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
+        taken, latents = 0, None
+        for one in passes(request):
+            with self._computing():
+                larger = None if latents is None else self._enlarge(request, latents, call)
+                begun = self._start(one, call, larger)
+            latents, conditioning = yield from self._take_steps(one, call, conditioning, begun, taken)
+            taken += one.steps
+        call.check_cancelled()
+        assert latents is not None
+        return latents
+
+    def _take_steps(
+        self, request: ResolvedRequest, call: Call, conditioning: Conditioning, begun: Start, taken: int
+    ) -> Generator[SamplerStep, None, tuple[Tensor, Conditioning]]:
+        """The steps of one pass, counted on from those `taken` before; returns its latents and the conditioning, which
+        a callback may have changed."""
+        adapters, latents = self._attachments.pick(request.adapters), begun.latents
+        attempt = self._attempt("denoising", request, call.let_go)
         levels = None if call.leg is None else call.leg.levels
         start = partial(
             denoising_steps,
@@ -272,6 +225,7 @@ class ZImagePipeline(Previewing):
             call.check_cancelled()
             with self._computing(adapters):
                 step = steps.send(replaced)
+            step = replace(step, index=taken + step.index)
             latents, replaced = step.latents, None
             if call.bar is not None:
                 call.bar.update()
@@ -282,9 +236,8 @@ class ZImagePipeline(Previewing):
             latents = latents if replaced is None else replaced
             if changed is not conditioning:
                 conditioning, replaced = changed, None
-                steps = start(conditioning, latents, start=step.index + 1)
-        call.check_cancelled()
-        return latents
+                steps = start(conditioning, latents, start=step.index + 1 - taken)
+        return latents, conditioning
 
     def _condition(self, request: ResolvedRequest, call: Call) -> Conditioning:
         features = []
@@ -295,13 +248,23 @@ class ZImagePipeline(Previewing):
             features.append(given.to(self.device))
         return Conditioning(*features)
 
-    def _start(self, request: ResolvedRequest, call: Call) -> Start:
+    def _start(self, request: ResolvedRequest, call: Call, larger: Tensor | None) -> Start:
         if call.leg is not None and call.leg.latents is not None:
             return Start(call.leg.latents)
-        stage = "prompt" if request.image is None and request.control_image is None else "image"
+        encodes = request.image is not None or request.control_image is not None or larger is not None
         shape, net = self._latent_shape(request), self._controlnet_for(request)
-        make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net)
-        return self._attempt(stage, request, call.let_go)(lambda: make(self._strip_levels(request)))
+        make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net, larger=larger)
+        attempt = self._attempt("image" if encodes else "prompt", request, call.let_go)
+        return attempt(lambda: make(strip_levels=self._strip_levels(request)))
+
+    def _enlarge(self, request: ResolvedRequest, latents: Tensor, call: Call) -> Tensor:
+        """What the first pass left as the second begins with it: latents or pixels of the larger size."""
+        first, again = passes(request)
+        if request.hires is not None and request.hires.upscale == "latents":
+            return enlarged(latents, *self._latent_shape(again)[1:])
+        decode = self._attempt("decoding", first, call.let_go)
+        pixels = decode(lambda: self.autoencoder.decode(latents, self._strip_levels(first)))
+        return enlarged(pixels, again.height, again.width).clamp_(0, 1)
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         limits = self.limits
@@ -314,9 +277,6 @@ class ZImagePipeline(Previewing):
         with self._computing():
             strips, pixels, image = decode(partial(self._decode, request, latents, output_type))
         return pixels if image is None else self._picture(request, strips, image, embed_recipe)
-
-    def _picture(self, request: ResolvedRequest, strips: int, image: Image.Image, embed_recipe: bool) -> Picture:
-        return Picture.of(image, self.recipe(request, image, strips) if embed_recipe else None)
 
     def _decode(
         self, request: ResolvedRequest, latents: Tensor, output_type: str

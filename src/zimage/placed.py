@@ -18,6 +18,7 @@ from . import runtime
 from .checkpoint.load import Components
 from .checkpoint.sizes import sizes_of_models
 from .errors import NotEnoughMemory, RequestError
+from .hires import demands
 from .kernels.switch import used
 from .memory.budget import find_budget, peak_memory
 from .memory.ladder import Attempt, is_out_of_memory, release, with_less
@@ -226,7 +227,7 @@ class Placed:
     def _fit(self, request: ResolvedRequest) -> None:
         """Raises `NotEnoughMemory` if a picture does not fit in the amount that the model was loaded with."""
         if self._plan is not None:
-            require_fit(self._plan, *_picture(request))
+            require_fit(self._plan, *demands(request))
 
     def _strip_levels(self, request: ResolvedRequest) -> int:
         """How many of the autoencoder's levels a picture needs in strips."""
@@ -234,7 +235,7 @@ class Placed:
 
     def _fits_beside(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
         """Whether the plan has room for a stage of one picture beside the steps of another; no plan, no."""
-        return self._plan is not None and fits_beside(self._plan, stage, _picture(request), _picture(current))
+        return self._plan is not None and fits_beside(self._plan, stage, demands(request), demands(current))
 
     def _attempt(self, stage: str, request: ResolvedRequest, let_go: Callable[[], None] | None = None) -> Attempt:
         """Computes a stage ("prompt", "image", "denoising", "decoding") of a picture; where memory runs out, again with
@@ -257,7 +258,7 @@ class Placed:
 
     def _fitted(self, plan: Plan, request: ResolvedRequest) -> Plan:
         """`plan` for a picture, with no fewer strips than were asked for or than memory was found to have room for."""
-        return fit_picture(plan, *_picture(request), least_strips=self._least_strips)[0]
+        return fit_picture(plan, *demands(request), least_strips=self._least_strips)[0]
 
     def _offload(self, device: str | torch.device | None, **changes: Any) -> None:
         with self._turn:
@@ -332,12 +333,6 @@ class Placed:
         device = self.device.type
         with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
             yield
-
-
-def _picture(request: ResolvedRequest) -> tuple[int, int, int, bool]:
-    """What a plan needs to know of a picture."""
-    encodes = request.image is not None or request.control_image is not None
-    return request.height, request.width, request.max_sequence_length, encodes
 
 
 def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:

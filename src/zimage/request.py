@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .caching import noise_levels, resolve_cache
 from .editing import SourceImage, check_steps, resolve_editing, skipped_steps
 from .errors import RequestError
+from .hires import Hires, resolve_hires
 from .rules import (
     MAX_SEED,
     SAMPLERS,
@@ -72,6 +73,8 @@ class GenerationRequest:
         control_image: edges, depth, a pose or whatever else the loaded ControlNet follows, as `image` may be given.
             Without an image `height` and `width` are its own; else it is scaled to cover the picture.
         controlnet_conditioning_scale: 0 to 2: how much of it is added, by default 0.75.
+        hires: how many times as large the picture is made in a second pass, above 1, to 4, or a `Hires` that says how:
+            `height` and `width` are those of the first.
         any_size: accept areas outside the range.
     """
 
@@ -101,6 +104,7 @@ class GenerationRequest:
     padding: int | Sequence[int] | None = None
     control_image: Any = field(default=None, compare=False, repr=False)
     controlnet_conditioning_scale: float | None = None
+    hires: float | Hires | None = None
     any_size: bool = False
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
@@ -149,6 +153,7 @@ class GenerationRequest:
             controlnet_conditioning_scale=editing.controlnet_conditioning_scale,
             adapters=resolve_adapters(self.adapters),
             diversity=resolve_diversity(self.diversity),
+            hires=resolve_hires(self, (height, width), steps, limits),
         )
 
 
@@ -187,12 +192,15 @@ class ResolvedRequest:
     controlnet_conditioning_scale: float = 0.0
     adapters: tuple[tuple[str, float], ...] = ()
     diversity: float = 0.0
+    hires: Hires | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def steps(self) -> int:
-        """Denoising steps that are taken: all, less those that an image is ahead of."""
-        return self.num_inference_steps - skipped_steps(self.num_inference_steps, self.strength, self.keep_steps)
+        """Denoising steps that are taken: all, less those that an image is ahead of, and those of a second pass."""
+        again = () if self.hires is None else ((self.hires.strength or 0.0, False),)
+        parts = ((self.strength, self.keep_steps), *again)
+        return sum(self.num_inference_steps - skipped_steps(self.num_inference_steps, *part) for part in parts)
 
     def resolve(self, variant: Variant, *, shift: float | None = None, limits: Limits | None = None) -> ResolvedRequest:
         """Itself, checked against the model it is to run on; raises `RequestError` if it was made for another."""
@@ -234,6 +242,7 @@ class ResolvedRequest:
             padding=self.padding or None,
             control_image=self.control_image,
             controlnet_conditioning_scale=None if self.control_image is None else self.controlnet_conditioning_scale,
+            hires=self.hires,
             any_size=True,
             **given,
         )

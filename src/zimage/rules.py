@@ -107,15 +107,21 @@ def resolve_size(
     height, width = sides
     if not isinstance(request.any_size, bool):
         raise RequestError(f"any_size must be True or False, got {shown(request.any_size)}")
-    least, most = MIN_AREA * scale**2, MAX_AREA * scale**2
-    if not request.any_size and not least <= height * width <= most:
+    if not request.any_size:
         remedy = "Choose such a size" if canvas is None else "Pass height or width, to which the image is scaled"
+        check_area(height, width, limits, remedy)
+    return height, width
+
+
+def check_area(height: int, width: int, limits: Limits, remedy: str) -> None:
+    """Raises `RequestError`, with a `remedy`, for a picture of an area that the model is not made for."""
+    least, most = (area * (limits.native_side / NATIVE_SIDE) ** 2 for area in (MIN_AREA, MAX_AREA))
+    if not least <= height * width <= most:
         raise RequestError(
             f"{width}x{height} is {height * width / 1e6:.2f} megapixels; the model is made for {least / 1e6:.2g} to "
             f"{most / 1e6:.2g} ({math.sqrt(least):.0f}² to {math.sqrt(most):.0f}²). {remedy}, or pass "
             "any_size=True"
         )
-    return height, width
 
 
 def _sides_of(canvas: tuple[int, int], asked: tuple[int | None, int | None], step: int) -> list[int]:

@@ -41,15 +41,20 @@ def begin(
     limits: Limits,
     net: ZImageControlNetModel | None,
     strip_levels: int,
+    larger: Tensor | None = None,
 ) -> Start:
     """The request's start, steered by `net` if that is given; images are encoded with so many levels in strips.
+
+    A second pass starts from `larger`, see `enlarged`.
 
     As in diffusers' ZImageControlNetInpaintPipeline, a ControlNet that sees masks is told what stays, so that nothing
     is put back between the steps, and at strength 1 the start is noise alone.
     """
     told = net is not None and has_mask(request) and sees_masks(net, limits.latent_channels)
     canvas = None if request.image is None else lay_out(request, limits)
-    if canvas is None or (told and request.strength == 1):
+    if larger is not None:
+        start = from_larger(request, larger, shape, autoencoder, strip_levels)
+    elif canvas is None or (told and request.strength == 1):
         start = from_noise(request, shape, device)
     else:
         start = from_image(request, canvas, shape, device, autoencoder, limits, strip_levels)
@@ -94,3 +99,19 @@ def from_image(
     image = autoencoder.encode(canvas.pixels.to(device), spread, strip_levels)
     known = Known(image, noise, canvas.repaint(limits.latent_scale).to(device)) if has_mask(request) else None
     return Start(noised(image, noise, schedule(request)[0].item()), known)
+
+
+def from_larger(
+    request: ResolvedRequest, larger: Tensor, shape: Sequence[int], autoencoder: Autoencoder, strip_levels: int
+) -> Start:
+    """What a pass before left, enlarged to pixels (1, 3, H, W) or to latents of `shape`, at the first level of the
+    request's schedule; the seed is drawn from as for an image."""
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    spread, noise = (noise_of(generator, (1, *shape)).to(larger.device) for _ in range(2))
+    image = larger if larger.shape[1:] == tuple(shape) else autoencoder.encode(larger, spread, strip_levels)
+    return Start(noised(image, noise, schedule(request)[0].item()))
+
+
+def enlarged(values: Tensor, height: int, width: int) -> Tensor:
+    """Pixels or latents (1, C, h, w) as (1, C, height, width) in float32, interpolated bicubically."""
+    return torch.nn.functional.interpolate(values.float(), (height, width), mode="bicubic", align_corners=False)

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from zimage.errors import RequestError, ZImageWarning
 from zimage.files import png
 from zimage.files.atomic import FileError
+from zimage.files.parameters import parameters_text
 from zimage.files.png import Picture, read_recipe, save_png
-from zimage.files.recipe import MAX_CHARACTERS, Recipe, parameters_text, pixel_digest
+from zimage.files.recipe import MAX_CHARACTERS, Recipe, pixel_digest
 from zimage.request import GenerationRequest
 from zimage.variants import TURBO
 

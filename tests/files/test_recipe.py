@@ -12,7 +12,9 @@ from PIL import Image
 
 from zimage.editing import SourceImage
 from zimage.errors import RequestError
-from zimage.files.recipe import MAX_CHARACTERS, Recipe, differences, parameters_text, pixel_digest
+from zimage.files.parameters import parameters_text
+from zimage.files.recipe import MAX_CHARACTERS, Recipe, differences, pixel_digest
+from zimage.hires import Hires
 from zimage.request import GenerationRequest, ResolvedRequest
 from zimage.variants import BASE, TURBO, VARIANTS
 
@@ -163,6 +165,7 @@ def test_json_says_what_it_is() -> None:
         "cache",
         "adapters",
         "diversity",
+        "hires",
         *EDITING,
         *STEERING,
     }
@@ -357,3 +360,30 @@ def test_parameters_text_names_no_folder_and_quotes_separators() -> None:
     recipe = Recipe(make().request, {**MODEL, "source": "/home/someone/my, model"}, RUNTIME, PIXELS)
     assert 'Model: "my, model", ' in parameters_text(recipe)
     assert "someone" not in parameters_text(recipe)
+
+
+def test_a_second_pass_is_kept_and_read() -> None:
+    recipe = make(hires=Hires(1.5, 0.3, "latents"))
+    assert json.loads(recipe.to_json())["request"]["hires"] == {"scale": 1.5, "strength": 0.3, "upscale": "latents"}
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert again.request.hires == Hires(1.5, 0.3, "latents", (1536, 1536))
+
+
+@pytest.mark.parametrize(
+    "hires",
+    [
+        2,
+        "2",
+        {"scale": 2},
+        {"scale": 2, "strength": 0.4, "upscale": "pixels", "size": [32, 32]},
+        {"scale": "2", "strength": 0.4, "upscale": "pixels"},
+        {"scale": 1e9, "strength": 0.4, "upscale": "pixels"},
+        {"scale": 2, "strength": {}, "upscale": "pixels"},
+        {"scale": 2, "strength": 0.4, "upscale": ["pixels"]},
+        {"scale": 2, "strength": 0.0, "upscale": "pixels"},
+    ],
+)
+def test_a_second_pass_that_cannot_be(hires: Any) -> None:
+    with pytest.raises(RequestError, match="hires|the recipe is not valid"):
+        Recipe.from_json(altered("request", hires=hires))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from zimage.errors import RequestError
-from zimage.files.recipe import Recipe, parameters_text
+from zimage.files.parameters import parameters_text
+from zimage.files.recipe import Recipe
 from zimage.request import GenerationRequest
 from zimage.variants import BASE, TURBO
 

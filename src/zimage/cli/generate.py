@@ -40,6 +40,7 @@ from .options import (
     WeightDtype,
     check_request,
     choose_model,
+    read_hires,
     read_images,
     read_loras,
     read_normalization,
@@ -114,6 +115,15 @@ def generate(
     diversity: Annotated[
         float | None, typer.Option(help="Let pictures differ more from seed to seed; 1 to 2 for Turbo, 0 is off.")
     ] = None,
+    hires: Annotated[
+        float | None, typer.Option("--hires", help="Make it so many times as large in a second pass, to 4.")
+    ] = None,
+    hires_strength: Annotated[
+        float | None, typer.Option("--hires-strength", help="How much of the steps that pass takes; 0.4, to 1.")
+    ] = None,
+    hires_upscale: Annotated[
+        str | None, typer.Option("--hires-upscale", help="What is enlarged for it: pixels, or latents.")
+    ] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Accept areas the models are not made for.")] = False,
     no_recipe: Annotated[bool, typer.Option("--no-recipe", help="Write no recipe into the files.")] = False,
     force: Force = False,
@@ -137,6 +147,7 @@ def generate(
         cfg_truncation=cfg_truncation,
         max_sequence_length=max_sequence_length,
         diversity=diversity,
+        hires=read_hires(hires, strength=hires_strength, upscale=hires_upscale),
         any_size=any_size or None,
         **read_images(image, mask_image, control_image),
         controlnet_conditioning_scale=controlnet_conditioning_scale,

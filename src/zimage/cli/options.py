@@ -16,6 +16,7 @@ import typer
 
 from ..editing import SourceImage
 from ..errors import RequestError
+from ..hires import Hires
 from ..request import GenerationRequest
 from ..rules import is_unicode
 from ..variants import DEMOS, VARIANTS, Variant, detect_variant, get_variant
@@ -231,3 +232,13 @@ def _unicode(text: str) -> str:
     if not is_unicode(text):
         raise RequestError("the prompt is not valid UTF-8")
     return text
+
+
+def read_hires(scale: float | None, **how: float | str | None) -> Hires | None:
+    """`--hires` and what goes with it; raises `RequestError` for how, but not how large."""
+    given = {name: value for name, value in how.items() if value is not None}
+    if scale is None:
+        if given:
+            raise RequestError(f"--hires-{next(iter(given))} is about a second pass; add --hires 2, or leave it out")
+        return None
+    return Hires(scale, **given)  # type: ignore[arg-type]

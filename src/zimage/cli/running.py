@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..hires import passes
+
 if TYPE_CHECKING:
     from ..files.recipe import Recipe
     from ..pipeline import ZImagePipeline
@@ -62,6 +64,7 @@ def announce(pipe: ZImagePipeline, requests: Sequence[ResolvedRequest]) -> None:
         *(f"{name} at {value:g}" for name, value in first.adapters),
         *([f"diversity {first.diversity:g}"] if first.diversity else []),
         f"{first.width}x{first.height}",
+        *([f"{first.hires.scale:g} times as large at strength {first.hires.strength:g}"] if first.hires else []),
         f"seed {seeds}" if len(requests) == 1 else f"{len(requests)} pictures, seeds {seeds}{more}",
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}",
     ]
@@ -78,6 +81,10 @@ def tell(sentences: Iterable[str]) -> None:
 
 def evaluations(request: ResolvedRequest) -> int:
     """Transformer evaluations of one picture, counted by driving its sampler with a stand-in for the model."""
+    return sum(map(_evaluations, passes(request)))
+
+
+def _evaluations(request: ResolvedRequest) -> int:
     from ..sampling.guidance import is_guided
     from ..sampling.samplers import SAMPLERS, count_evaluations
     from ..sampling.schedule import model_timesteps, shifted_sigmas

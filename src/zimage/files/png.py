@@ -16,7 +16,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from ..errors import RequestError, ZImageWarning
 from .atomic import PATHS, AnyPath, FileError, write_atomically
-from .recipe import MAX_CHARACTERS, Recipe, parameters_text, pixel_digest
+from .parameters import parameters_text
+from .recipe import MAX_CHARACTERS, Recipe, pixel_digest
 
 __all__ = ["Picture", "read_recipe", "save_png", "write_atomically"]
 

@@ -1,4 +1,4 @@
-"""The recipe of a picture: all that is needed to make it again, as data, as JSON, and as others' parameter line.
+"""The recipe of a picture: all that is needed to make it again, as data and as JSON.
 
 Reads recipes that came from anywhere: whatever a text holds, the outcome is a valid `Recipe` or a `RequestError`.
 Knows nothing of files or of loaded models.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..editing import SourceImage
 from ..errors import RequestError
+from ..hires import OPTIONS, Hires
 from ..request import ResolvedRequest
 from ..rules import integer, is_unicode, shown
 from ..variants import get_variant
@@ -40,7 +39,6 @@ _MAX_TEXT, _MAX_ENTRIES = 4096, 64
 _MAX_SHIFT = 1000.0
 MAX_IMAGE_SIDE = 2**26
 """Pixels; more than any image has that is read."""
-_SAMPLER_TITLES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
 
 
 @dataclass(frozen=True)
@@ -187,33 +185,6 @@ def differences(recipe: Recipe, other_model: Mapping[str, str], other_runtime: M
     return sentences
 
 
-def parameters_text(recipe: Recipe) -> str:
-    """The recipe in the text format of AUTOMATIC1111's web UI, which Civitai and most viewers read.
-
-    Their "CFG scale" c is in `neg + c·(pos - neg)`, so c is the guidance scale here plus 1. Lines are what the format
-    is read by, so each prompt is put on one.
-    """
-    request = recipe.request
-    values = {
-        "Steps": request.num_inference_steps,
-        "Sampler": _SAMPLER_TITLES.get(request.sampler, request.sampler),
-        "CFG scale": f"{request.guidance_scale + 1:g}",
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-        "Model": _one_line(PurePath(recipe.model["source"]).name or get_variant(request.variant).title),
-        "Version": f"zimage {_one_line(recipe.runtime.get('zimage', ''))}".strip(),
-    }
-    if recipe.turbo is not None:
-        values["Handover to Turbo"] = f"{recipe.handover:g}"
-    if request.image is not None:
-        values["Denoising strength"] = f"{request.strength:g}"
-    lines = [_one_line(request.prompt)]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {_one_line(request.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
-    return "\n".join(lines)
-
-
 def _parse(text: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise RequestError(f"a recipe must be a text, got {shown(text)}")
@@ -252,6 +223,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "tuple[int, ...]": (list,),
     "bool": (bool,),
     "SourceImage | None": (dict,),
+    "Hires | None": (dict,),
     "tuple[tuple[str, float], ...]": (list,),
 }
 
@@ -273,7 +245,11 @@ def _read_request(document: Any) -> ResolvedRequest:
     if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise RequestError(f"adapters must be pairs of a name and a strength, got {shown(pairs)}")
     adapters = tuple((name, value) for name, value in pairs)
-    request = ResolvedRequest(**{**document, **images, "shift": float(shift), "adapters": adapters})
+    known = {**document, **images, "shift": float(shift), "adapters": adapters}
+    if "hires" in document:
+        _exact_keys("hires", document["hires"], OPTIONS)
+        known["hires"] = Hires(**document["hires"])
+    request = ResolvedRequest(**known)
     return request.resolve(get_variant(request.variant), shift=request.shift)
 
 
@@ -285,7 +261,7 @@ def _plain(value: Any) -> Any:
     """A value of a request as JSON has it."""
     if isinstance(value, SourceImage):
         return dict(zip(_IMAGE_KEYS, (value.width, value.height, value.digest), strict=True))
-    return value
+    return value.options if isinstance(value, Hires) else value
 
 
 def _read_image(name: str, document: Mapping[str, Any]) -> SourceImage:
@@ -332,14 +308,3 @@ def _texts(name: str, values: Any) -> dict[str, str]:
 def _printable(text: str) -> str:
     """The text, or its escaped form where it would steer a terminal."""
     return text if text.isprintable() else repr(text)
-
-
-def _one_line(text: str) -> str:
-    """The text with every run of white space, control characters and broken surrogates made one space."""
-    kept = "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
-    return " ".join(kept.split())
-
-
-def _quoted(value: str) -> str:
-    """A value as the format has it: quoted where it holds what separates values."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value

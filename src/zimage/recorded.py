@@ -1,0 +1,90 @@
+"""Pictures and their recipes: what a pipeline writes into one, and how it makes the picture of one again.
+
+Knows models by what they say of themselves; how a picture is drawn is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from . import runtime
+from .calls import CancelToken, read_given
+from .errors import RequestError
+from .files.png import Picture, read_recipe
+from .files.recipe import Recipe, differences, pixel_digest
+from .files.relayed import require_one_model
+from .output import Replay, ZImageOutput
+from .previews import Previewing
+from .request import ResolvedRequest
+
+
+class Recorded(Previewing):
+    """A pipeline's models and previews, and the recipes of its pictures."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    def replay(
+        self,
+        picture: str | os.PathLike[str] | Recipe,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        control_image: Any = None,
+        cancel: CancelToken | None = None,
+        progress: bool = False,
+    ) -> Replay:
+        """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
+
+        A picture that was made from images needs them again, `image`, `mask_image` and `control_image` as they were
+        given then. Raises `RequestError` for others, and if the file has no recipe, or one that this model cannot
+        follow; `AdapterError` if it was made with adapters or a ControlNet that are not loaded from the same files.
+        """
+        recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
+        require_one_model(recipe)
+        if recipe.given:
+            raise RequestError(
+                "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
+            )
+        self._require_adapters(recipe)
+        images = read_given(image=image, mask_image=mask_image, control_image=control_image)
+        request = recipe.with_images(**images)
+        output = self(request, cancel=cancel, progress=progress)
+        assert isinstance(output, ZImageOutput)
+        made = output.images[0]
+        return Replay(
+            image=made,
+            request=output.requests[0],
+            same_bits=made.recipe.pixels == recipe.pixels,
+            differences=tuple(differences(recipe, made.recipe.model, made.recipe.runtime)),
+        )
+
+    def recipe(self, request: ResolvedRequest, image: Image.Image, strip_levels: int | None = None) -> Recipe:
+        """All that is needed to make `image` again from `request`.
+
+        `strip_levels` of its decode were in strips, as many as would be now if not given.
+        """
+        strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
+        return Recipe(
+            request=request,
+            model={**self.model, "variant": self.variant.name},
+            runtime=runtime.describe(
+                self.device,
+                self.dtype,
+                strip_levels,
+                self.weights,
+                activations=self.activations,
+                attention=self.attention_backend,
+                compiled=self.compiled,
+            ),
+            pixels=pixel_digest(image),
+            adapters=self._described_adapters(request),
+            controlnet=self._described_controlnet(request),
+        )
+
+    def _picture(self, request: ResolvedRequest, strips: int, image: Image.Image, embed_recipe: bool) -> Picture:
+        return Picture.of(image, self.recipe(request, image, strips) if embed_recipe else None)
