@@ -385,5 +385,5 @@ def test_a_second_pass_is_kept_and_read() -> None:
     ],
 )
 def test_a_second_pass_that_cannot_be(hires: Any) -> None:
-    with pytest.raises(RequestError, match="hires|the recipe is not valid"):
+    with pytest.raises(RequestError, match=r"hires|the recipe is not valid"):
         Recipe.from_json(altered("request", hires=hires))
