@@ -1,4 +1,4 @@
-"""What the models that come along do to pictures: the tables of docs/demo.md on inpainting and strength.
+"""What the models that come along do to pictures: the tables of docs/demo.md on inpainting, strength and a second pass.
 
 A model draws captions that are held out from training (`zimage.training.captions.evaluation_captions`), and those
 pictures that the judge reads as asked, until there are `--count`, are changed by the same model. Caption and picture k
@@ -11,6 +11,10 @@ have the seed `--seed` + k. "single" captions name one object and all about it, 
 - strength: a picture of a pair becomes that of the next one's caption. Of the objects of the picture before, "place" is
   the share that has an object after within 16 pixels of its middle, and "colour" the share that has one of its own
   colour there. "change" is the mean difference in levels of 255.
+- hires: pictures of pairs are drawn again with a second pass at twice the size. "as asked": the judge, which knows
+  shapes by their size in pixels, reads the picture at half its size as the caption says. "sharpness" is the sum of
+  squared differences between neighbours beside that of the first pass's picture enlarged, of which "change" is the mean
+  difference. The row without an upscale is a picture of that size in one pass.
 
     python benchmarks/editing.py --output benchmarks/results
     python benchmarks/editing.py [--tables inpainting] [--models demo] [--count 100] [--seed 0] [--strengths 0.4,1]
@@ -33,9 +37,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from zimage import ZImagePipeline
 from zimage.bench.report import write
+from zimage.hires import UPSCALES, Hires
 from zimage.training import judge
 from zimage.training.captions import evaluation_captions, phrase
 from zimage.training.world import COLOURS, Claims
@@ -51,6 +57,7 @@ class Source:
     """A picture that is as its caption asks."""
 
     seed: int
+    text: str
     claims: Claims
     pixels: Pixels
     reading: judge.Reading
@@ -158,9 +165,38 @@ def of_strength(pipe: ZImagePipeline, found: Sequence[Source], settings: Setting
         }  # fmt: skip
 
 
+def of_hires(pipe: ZImagePipeline, found: Sequence[Source], settings: Settings) -> Iterator[Row]:
+    """A second pass at twice the size."""
+    height, width = (2 * side for side in found[0].pixels.shape[:2])
+    ways: list[Row] = [{"hires": Hires(2, strength, way)} for way in UPSCALES for strength in settings.strengths]
+    for options in [*ways, {"height": height, "width": width}]:
+        whole, sharp, changes, steps = [], [], [], 0
+        for source in found:
+            output = pipe(source.text, seed=source.seed, progress=False, **options)
+            made, steps = np.asarray(output.images[0]), output.requests[0].steps
+            larger = np.asarray(Image.fromarray(source.pixels).resize((width, height), Image.Resampling.BICUBIC))
+            half = np.asarray(Image.fromarray(made).resize((width // 2, height // 2), Image.Resampling.BOX))
+            whole.append(judge.agrees(judge.read(half), source.claims))
+            sharp.append(edges(made) / edges(larger))
+            changes.append(float(np.abs(made.astype(int) - larger).mean()))
+        hires = options.get("hires")
+        yield {
+            "upscale": hires.upscale if hires else None, "strength": hires.strength if hires else None,
+            "steps": steps, "as asked": percent(whole), "sharpness": round(statistics.median(sharp), 2),
+            "change": round(statistics.mean(changes), 1),
+        }  # fmt: skip
+
+
+def edges(pixels: Pixels) -> float:
+    """The sum of squared differences between neighbours."""
+    wide = pixels.astype(float)
+    return sum(float((np.diff(wide, axis=axis) ** 2).sum()) for axis in (0, 1))
+
+
 TABLES: dict[str, Callable[[ZImagePipeline, Sequence[Source], Settings], Iterator[Row]]] = {
     "inpainting": of_inpainting,
     "strength": of_strength,
+    "hires": of_hires,
 }
 KINDS = ("single", "pair")
 
@@ -176,7 +212,7 @@ def sources(pipe: ZImagePipeline, kind: str, wanted: int, seed: int) -> Iterator
         reading = judge.read(pixels)
         if judge.agrees(reading, claims):
             found += 1
-            yield Source(seed + number, claims, pixels, reading)
+            yield Source(seed + number, text, claims, pixels, reading)
     print(f"{wanted} pictures of {number} are as their {kind} captions ask", flush=True)
 
 
