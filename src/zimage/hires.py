@@ -21,8 +21,8 @@ UPSCALES = ("pixels", "latents")
 MOST = 4.0
 """Times that a side may grow: of a picture that is larger, a pass at low strength has nothing to go by."""
 STRENGTHS = {"pixels": 0.4, "latents": 0.6}
-"""Where none is given: what was enlarged as latents is not quite a picture, so more of it has to be made anew
-(docs/demo.md)."""
+"""Where none is given, an estimate that was not measured on the released models. What was enlarged as latents is not
+quite a picture, so more of it has to be made anew."""
 OPTIONS = ("scale", "strength", "upscale")
 
 
