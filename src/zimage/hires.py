@@ -91,10 +91,9 @@ def passes(request: ResolvedRequest) -> tuple[ResolvedRequest, ...]:
         return (request,)
     first, (height, width) = replace(request, hires=None), request.hires.size
     assert request.hires.strength is not None
-    texts = {name: tensor for name, tensor in request.tensors.items() if name != "latents"}
     again = replace(
         first, height=height, width=width, strength=request.hires.strength, keep_steps=False, image=None, cache=(),
-        diversity=0.0, tensors=texts,
+        diversity=0.0,
     )  # fmt: skip
     return first, again
 
