@@ -162,6 +162,11 @@ def test_pipelines_that_differ_where_they_compute_are_refused(turbo_folder: Path
     with pytest.raises(RequestError, match=r"one dtype, base has torch\.float32 and turbo torch\.bfloat16"):
         Relay(base, turbo)
     turbo = ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32")
+    relay = Relay(base, turbo)
+    turbo.to(torch.bfloat16)
+    with pytest.raises(RequestError, match=r"one dtype, base has torch\.float32 and turbo torch\.bfloat16"):
+        draw(relay)
+    turbo = ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32")
     turbo.autoencoder.vae.config.scaling_factor = 0.5
     with pytest.raises(RequestError, match=r"do not share their VAE.*scaling_factor is 0\.3611 and 0\.5"):
         Relay(base, turbo)

@@ -51,9 +51,7 @@ def check_pair(base: Any, turbo: Any) -> None:
         if not isinstance(pipe, ZImagePipeline):
             raise RequestError(f"a relay's {name} must be a ZImagePipeline, got {type(pipe).__name__}")
     _check_order([base.variant, turbo.variant])
-    for what, values in (("device", (base.device, turbo.device)), ("dtype", (base.dtype, turbo.dtype))):
-        if values[0] != values[1]:
-            raise RequestError(f"a relay's models must have one {what}, base has {values[0]} and turbo {values[1]}")
+    check_place(base, turbo)
     pairs = {
         "vae": (base.autoencoder.vae, turbo.autoencoder.vae),
         "text_encoder": (base.text_encoder.model, turbo.text_encoder.model),
@@ -61,6 +59,13 @@ def check_pair(base: Any, turbo: Any) -> None:
     for component, modules in pairs.items():
         if reason := _module_difference(*modules):
             raise RequestError(_not_alike(component, reason))
+
+
+def check_place(base: ZImagePipeline, turbo: ZImagePipeline) -> None:
+    """Raises `RequestError` unless both compute on one device and in one dtype."""
+    for what, values in (("device", (base.device, turbo.device)), ("dtype", (base.dtype, turbo.dtype))):
+        if values[0] != values[1]:
+            raise RequestError(f"a relay's models must have one {what}, base has {values[0]} and turbo {values[1]}")
 
 
 def load_pair(

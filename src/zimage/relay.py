@@ -26,7 +26,7 @@ from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover
 from .memory.plan import Plan
 from .models.text_encoder import Tokens
 from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
-from .pairing import check_pair, load_pair
+from .pairing import check_pair, check_place, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
@@ -286,6 +286,7 @@ class Relay:
         return self.base.resolve(with_steps(request))
 
     def _fit(self, request: RelayRequest) -> None:
+        check_place(self.base, self.turbo)
         self.base._fit(request.base)
         self.turbo._fit(request.turbo)
 
