@@ -143,3 +143,12 @@ def test_a_control_image_that_is_not_there() -> None:
     assert known.control_image is not None
     with pytest.raises(RequestError, match="control_image is known by its digest only"):
         lay_out_control(replace(known, control_image=replace(known.control_image, pixels=None)), Limits())
+
+
+def test_a_tensor_is_not_shared_with_the_canvas() -> None:
+    """Its pixels lie as those of a canvas do already, and are nobody's to write to."""
+    given = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
+    asked = replace(GenerationRequest("a fox", any_size=True), image=read_image(given))
+    pixels = lay_out(asked.resolve(TURBO), Limits()).pixels
+    assert torch.equal(pixels[0], given)
+    assert pixels.data_ptr() != given.data_ptr()

@@ -185,6 +185,24 @@ def test_a_callback_sees_both_passes_and_what_it_changes_stays(turbo: ZImagePipe
     assert not torch.equal(changed, latents(turbo, hires=Hires(2, 0.5)))
 
 
+@pytest.mark.parametrize("at", [3, 4])
+def test_features_that_are_changed_late_act_in_the_steps_that_are_left(turbo: ZImagePipeline, at: int) -> None:
+    """At the first pass's last step, and at the second's first, after which one is left."""
+    taken: list[int] = []
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        taken.append(step)
+        return {"prompt_embeds": [torch.zeros_like(tensors["prompt_embeds"][0])]} if step == at else {}
+
+    options: dict[str, Any] = {
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    changed = latents(turbo, hires=Hires(2, 0.5), **options)
+    assert taken == [0, 1, 2, 3, 4, 5]
+    assert not torch.equal(changed, latents(turbo, hires=Hires(2, 0.5)))
+
+
 def test_it_can_be_cancelled_between_the_passes(turbo: ZImagePipeline) -> None:
     from zimage import Cancelled
 
@@ -214,6 +232,17 @@ def test_enlarging_keeps_what_is_flat() -> None:
     larger = enlarged(flat, 10, 14)
     assert (larger.shape, larger.dtype) == ((1, 3, 10, 14), torch.float32)
     torch.testing.assert_close(larger, torch.full_like(larger, 0.25))
+
+
+def test_enlarging_is_bicubic() -> None:
+    """With the kernel of Keys at a = -0.75, half a pixel from the edge, which overshoots on both sides."""
+    edge = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]).expand(1, 1, 6, 6)
+    row = enlarged(edge, 12, 12)[0, 0, 6]
+    torch.testing.assert_close(
+        row[4:8], torch.tensor([-0.10546875, 0.2265625, 0.7734375, 1.10546875]), atol=0.02, rtol=0
+    )
+    assert row.min() < -0.03
+    assert row.max() > 1.03
 
 
 def test_its_image_is_what_was_decoded(turbo: ZImagePipeline) -> None:

@@ -30,7 +30,7 @@ from zimage import (
     ZImagePipeline,
     read_recipe,
 )
-from zimage.testing import build_checkpoint
+from zimage.testing import build_checkpoint, build_controlnet
 
 OPTIONS: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 4, "seed": 5}
 ABOVE = (1.0, 6 * 0.75 / 4.75, 6 * 0.5 / 3.5)
@@ -306,6 +306,7 @@ def test_one_model_refuses_the_picture_of_two_and_the_other_way_round(relay: Rel
         ({"turbo_steps": 0}, "num_inference_steps"),
         ({"controlnet": 1}, "no option controlnet"),
         ({"image": torch.zeros(3, 64, 64)}, "starts from noise and image is given"),
+        ({"hires": 2}, "makes no second pass and hires is given"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
     ],
 )
@@ -410,3 +411,16 @@ def test_the_defaults_are_those_that_are_documented(relay: Relay, run_json: Call
 @pytest.fixture
 def run_json() -> Callable[[str], Any]:
     return json.loads
+
+
+def test_a_control_image_steers_the_base_models_part(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    made = load(folders)
+    made.base.load_controlnet(build_controlnet(tmp_path / "net"))
+    edges = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"control_image": edges, "controlnet_conditioning_scale": 1.0}
+    steered = picture(made, **options)
+    assert steered.tobytes() != picture(made).tobytes()
+    steered.save(tmp_path / "fox.png")
+    assert made.replay(tmp_path / "fox.png", control_image=edges).same_bits
+    with pytest.raises(RequestError, match="pass control_image"):
+        made.replay(tmp_path / "fox.png")

@@ -77,7 +77,7 @@ def lay_out(request: ResolvedRequest, limits: Limits) -> Canvas:
     )
     canvas = Canvas(
         _numbers(fitted),
-        *(torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in masks),
+        *(torch.from_numpy(mask.copy())[None, None] for mask in masks),
     )
     scale = limits.latent_scale
     if has_mask(request) and not canvas.repaint(scale).any():
@@ -96,7 +96,7 @@ def lay_out_control(request: ResolvedRequest, limits: Limits) -> Tensor:
 def _numbers(pixels: Array) -> Tensor:
     """(1, 3, H, W) in [0, 1], float32."""
     numbers = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(numbers, -1, 0)))[None]
+    return torch.from_numpy(np.moveaxis(numbers, -1, 0).copy())[None]
 
 
 def _pixels(name: str, source: SourceImage | None) -> Array:

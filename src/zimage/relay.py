@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import StepCallback, StepHook
-from .calls import PICTURE_OPTIONS, Call, CancelToken, Leg, progress_bar, resolve_call, result_of, tokenize
+from .calls import PICTURE_OPTIONS, Call, CancelToken, Leg, progress_bar, read_given, resolve_call, result_of, tokenize
 from .denoiser import Preparation
 from .errors import RequestError
 from .files.png import Picture, read_recipe
@@ -215,6 +215,7 @@ class Relay:
         self,
         picture: str | os.PathLike[str] | Recipe,
         *,
+        control_image: Any = None,
         cancel: CancelToken | None = None,
         progress: bool = False,
     ) -> Replay:
@@ -233,7 +234,8 @@ class Relay:
             )
         self.base._require_adapters(recipe)
         self.turbo._require_adapters(recipe.turbo)
-        request = RelayRequest(recipe.request, recipe.turbo.request, recipe.handover)
+        steered = recipe.with_images(**read_given(control_image=control_image))
+        request = RelayRequest(steered, recipe.turbo.request, recipe.handover)
         output = self(request, cancel=cancel, progress=progress)
         made = output[0][0]
         sentences = differences(recipe, made.recipe.model, made.recipe.runtime)
