@@ -74,11 +74,8 @@ def ours(
     modulation = transformer.modulations(torch.tensor(times))[0]
     steering = Steering(transformer, Control(net, context, scale), times, grid)
     refined = transformer.refine(latents, grid, modulation)
-    steered = steering.at(latents, grid, TIME, modulation, refined)
-    return [
-        transformer.denoise(latents, one, grid, modulation, refined, steering.beside(steered, one, grid))[0]
-        for one in captions
-    ]
+    beside = steering.at(latents, grid, TIME, modulation, refined)
+    return [transformer.denoise(latents, one, grid, modulation, refined, beside(one, grid))[0] for one in captions]
 
 
 @pytest.mark.parametrize("kind", KINDS)
