@@ -148,6 +148,8 @@ def test_from_an_image_and_with_padding(steered: ZImagePipeline) -> None:
     near, far = (draw(pipe, control_image=CONTROL, **{**asked, "strength": strength}) for strength in (0.1, 0.9))
     without = draw(pipe, **{**asked, "strength": 0.1})
     assert 0 < (near - without).norm() < (far - without).norm()
+    masked = [draw(pipe, control_image=control, mask_image=HALF, **asked) for control in (CONTROL, None)]
+    assert not torch.equal(masked[0][..., :5], masked[1][..., :5])  # told of the mask, nothing is put back meanwhile
     made = draw(pipe, control_image=CONTROL, padding=(16, 0, 16, 32), output_type="np", **asked)
     assert made.shape == (1, 96, 128, 3)
     assert np.array_equal(made[0, :64, 16:112], np.asarray(PICTURE).astype(np.float32) / 255)

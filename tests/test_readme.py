@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from zimage import VARIANTS, GenerationRequest, read_recipe
+from zimage.testing import build_controlnet
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "relay.md"]
@@ -57,6 +58,7 @@ def environment(turbo_folder: Path, base_folder: Path, tmp_path: Path) -> dict[s
     halves = {"lora_A": torch.full((4, 64), 0.1), "lora_B": torch.full((64, 4), 0.1)}
     ink = {f"diffusion_model.layers.0.attention.to_v.{half}.weight": tensor for half, tensor in halves.items()}
     save_file(ink, tmp_path / "here" / "ink.safetensors")
+    build_controlnet(tmp_path / "here" / "union.safetensors")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ZIMAGE_", "COV"))}
     return {
         **inherited,
@@ -100,6 +102,10 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
     assert len({ink.pixels, both.pixels, plain.pixels}) == 3
     assert both.request.adapters == (("ink", 0.3), ("wash", 0.5))
     assert (here / "ink-comfyui.safetensors").is_file()
+    wolf, looser, same = (read_recipe(here / f"{name}.png") for name in ("wolf", "looser", "same"))
+    assert (wolf.controlnet["source"].endswith("union.safetensors"), same.controlnet) == (True, {})
+    assert len({wolf.pixels, looser.pixels, same.pixels}) == 3
+    assert looser.request.controlnet_conditioning_scale == 0.4
 
 
 @pytest.mark.long

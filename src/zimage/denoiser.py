@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from .memory.ladder import Attempt, once
-from .models.control import Control, Steered, Steering
+from .models.control import Beside, Control, Steering
 from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
 from .request import ResolvedRequest
@@ -117,7 +117,7 @@ def make_velocity(
         times = [level.time for level in levels.values()]
         steering = Steering(transformer, control, times, preparation.grid(control.context, positive))
 
-    def refine(latents: Tensor, grid: ImageGrid, level: NoiseLevel) -> tuple[Tensor, Steered | None]:
+    def refine(latents: Tensor, grid: ImageGrid, level: NoiseLevel) -> tuple[Tensor, Beside | None]:
         refined = transformer.refine(latents, grid, level.modulation)
         if steering is None:
             return refined, None
@@ -126,19 +126,18 @@ def make_velocity(
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         level = levels[sigma]
 
-        def predict(caption: Caption, grid: ImageGrid, image: tuple[Tensor, Steered | None]) -> Tensor:
-            refined, steered = image
-            hint = None if steering is None or steered is None else steering.beside(steered, caption, grid)
+        def predict(caption: Caption, grid: ImageGrid, refined: Tensor, beside: Beside | None) -> Tensor:
+            hint = None if beside is None else beside(caption, grid)
             return transformer.denoise(latents, caption, grid, level.modulation, refined, hint)
 
         grid = preparation.grid(latents, positive)
         image = refine(latents, grid, level)
-        prediction = predict(first.get(sigma, positive), grid, image)
+        prediction = predict(first.get(sigma, positive), grid, *image)
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
             return -prediction.float()
         other_grid = preparation.grid(latents, negative)
         shared = image if negative.length == positive.length else refine(latents, other_grid, level)
-        other = predict(negative, other_grid, shared)
+        other = predict(negative, other_grid, *shared)
         return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
 
     return velocity

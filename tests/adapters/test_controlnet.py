@@ -213,6 +213,8 @@ def test_files_that_are_none(config: Any, folder: Path, tmp_path: Path) -> None:
             find_controlnet(source, config)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="so weight_name='a' says nothing"):
         find_controlnet(tmp_path / "net.safetensors", config, weight_name="a")
+    with pytest.raises(AdapterError, match="weight_name is about a folder"):
+        find_controlnet(ZImageControlNetModel.from_pretrained(folder), config, weight_name="a.safetensors")
     spoiled = ZImageControlNetModel.from_pretrained(folder)
     with torch.no_grad():
         spoiled.control_layers[0].before_proj.weight[0, 0] = float("inf")

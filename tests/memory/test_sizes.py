@@ -118,10 +118,9 @@ def test_a_guided_step_with_a_controlnet(blanks: Blanks, size: str, work: Work, 
         levels = model.modulations(torch.empty(50, device="meta"))
         steering = Steering(model, Control(net, context, 1.0), [number / 50 for number in range(50)], grid)
         refined = model.refine(latents, grid, levels[0])
-        steered = steering.at(latents, grid, 0.0, levels[0], refined)
+        beside = steering.at(latents, grid, 0.0, levels[0], refined)
         for caption in captions:
-            hint = steering.beside(steered, caption, grid)
-            model.denoise(latents, caption, grid, levels[0], refined, hint).float()
+            model.denoise(latents, caption, grid, levels[0], refined, beside(caption, grid)).float()
 
     blocks = len(net.control_layers) + len(net.control_noise_refiner or ())
     sizes = replace(sizes_of_blanks(blanks(size)), control_blocks=blocks)

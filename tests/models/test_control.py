@@ -74,11 +74,8 @@ def ours(
     modulation = transformer.modulations(torch.tensor(times))[0]
     steering = Steering(transformer, Control(net, context, scale), times, grid)
     refined = transformer.refine(latents, grid, modulation)
-    steered = steering.at(latents, grid, TIME, modulation, refined)
-    return [
-        transformer.denoise(latents, one, grid, modulation, refined, steering.beside(steered, one, grid))[0]
-        for one in captions
-    ]
+    beside = steering.at(latents, grid, TIME, modulation, refined)
+    return [transformer.denoise(latents, one, grid, modulation, refined, beside(one, grid))[0] for one in captions]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,5 +161,5 @@ def test_a_shared_one_has_the_weights_and_nothing_of_the_transformer() -> None:
     same = share(net, config, torch.float32, torch.device("cpu"))
     assert set(same.state_dict()) == set(build(config).state_dict())
     assert all(tensor.data_ptr() == net.state_dict()[name].data_ptr() for name, tensor in same.state_dict().items())
-    same.to(torch.bfloat16)
-    assert net.dtype == torch.float32
+    cast(same, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in net.parameters()} == {torch.float32}

@@ -71,6 +71,8 @@ def find_controlnet(
     Raises `AdapterError` for what cannot be found, is damaged, or was made for another architecture or other sizes.
     """
     if isinstance(source, nn.Module):
+        if options.get("weight_name") is not None:
+            raise AdapterError("weight_name is about a folder or a repository, and a model was given; leave it out")
         return _in_memory(source, transformer)
     with as_adapter_error():
         place = locate_controlnet(source, **options)

@@ -7,8 +7,9 @@ one hint is held at a time. Knows no files and no pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from .precision import overflow_scale, residual_dtype
 from .transformer import PATCH, BlockModulation, Caption, Hint, ImageGrid, Modulation, ZImageTransformer
 
+Beside = Callable[[Caption, ImageGrid], Hint]
+"""Gives the hints for one run of the transformer's layers, beside a caption on its grid."""
 PARTS = ("control_layers", "control_all_x_embedder", "control_noise_refiner")
 """The modules of a ControlNet that are its own; others are the transformer's."""
 
@@ -30,15 +33,6 @@ class Control:
     net: ZImageControlNetModel
     context: Tensor
     scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class Steered:
-    """One step's control before captions: its tokens (1, padded, dim), and the image's that the layers begin with."""
-
-    modulations: Sequence[BlockModulation]
-    tokens: Tensor
-    image: Tensor
 
 
 def sees_masks(net: ZImageControlNetModel, latent_channels: int) -> bool:
@@ -73,7 +67,7 @@ class Steering:
         embedder = control.net.control_all_x_embedder[f"{PATCH}-1"]
         self._embedded = transformer.embed(control.context.to(device), grid, embedder)  # (1, padded, dim)
 
-    def at(self, latents: Tensor, grid: ImageGrid, time: float, modulation: Modulation, refined: Tensor) -> Steered:
+    def at(self, latents: Tensor, grid: ImageGrid, time: float, modulation: Modulation, refined: Tensor) -> Beside:
         """The part of a step that no caption enters, from the transformer's own `refined` tokens.
 
         As in diffusers the hints of the control refiner reach what the control layers begin with, and not the
@@ -85,23 +79,24 @@ class Steering:
         if net.add_control_noise_refiner is None:
             for block, block_modulation in zip(self._refiner, refiner, strict=True):
                 tokens = self._transformer._run_block(block, tokens, rotations, block_modulation)
-            return Steered(layers, tokens, refined)
+            return partial(self._beside, layers, tokens, refined)
         twice = net.add_control_noise_refiner == "control_layers"
         blocks, own = (list(net.control_layers), layers) if twice else (self._refiner, refiner)
         places = dict(enumerate(net.control_refiner_layers_places))
         hints: dict[int, Tensor] = {}
-        for number, (block, stream) in enumerate(
-            self._run(blocks, own, tokens, self._transformer.embed(latents, grid), rotations)
-        ):
-            tokens = stream
+        running = self._run(blocks, own, tokens, self._transformer.embed(latents, grid), rotations)
+        for number, (block, tokens) in enumerate(running):
             if number in places:
-                hints[places[number]] = self._hint(block, stream)
-        return Steered(layers, tokens, self._transformer.refine(latents, grid, modulation, hints.get))
+                hints[places[number]] = self._hint(block, tokens)
+        image = self._transformer.refine(latents, grid, modulation, hints.get)
+        return partial(self._beside, layers, tokens, image)
 
-    def beside(self, steered: Steered, caption: Caption, grid: ImageGrid) -> Hint:
-        """The hints for one run of the transformer's layers, each computed when it is asked for."""
-        tokens, image = (torch.cat([part, caption.tokens], dim=1) for part in (steered.tokens, steered.image))
-        running = self._run(list(self._net.control_layers), steered.modulations, tokens, image, grid.rotations)
+    def _beside(
+        self, modulations: Sequence[BlockModulation], tokens: Tensor, image: Tensor, caption: Caption, grid: ImageGrid
+    ) -> Hint:
+        """From the control's `tokens` and what its layers begin with, `image`; each hint is computed when asked for."""
+        tokens, image = (torch.cat([part, caption.tokens], dim=1) for part in (tokens, image))
+        running = self._run(list(self._net.control_layers), modulations, tokens, image, grid.rotations)
         places = frozenset(self._net.control_layers_places)
         return lambda number: self._hint(*next(running)) if number in places else None
 
