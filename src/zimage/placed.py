@@ -79,7 +79,7 @@ class Placed:
 
     @property
     def weights(self) -> str | None:
-        """What layers are stored as: "bfloat16", "int8", "float8", "nf4", or as in their files "gguf", "fp8"; `None` in full."""
+        """What layers are stored as: "bfloat16", "int8", "float8", "nf4", as in files "gguf", "fp8"; `None` in full."""
         if self._plan is None or self._plan.placement.weights:
             return self._plan.placement.weights if self._plan else None
         return packed_as(self.text_encoder.model, self.transformer) if self._plan.sizes.packed else None

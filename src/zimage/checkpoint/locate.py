@@ -177,9 +177,9 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
             f"a model is {_ALIASES}, a folder or a hub id, got {shown(source)}: {reason(error)}"
         ) from error
     if not is_folder and (is_there or folder.suffix.lower() in _SINGLE_FILES):
+        came = f"got the file {folder}" if is_there else f"there is no file {folder}"
         raise CheckpointError(
-            f"a checkpoint is a folder in the hub's layout, or a transformer in one {' or '.join(SUFFIXES)} file, got "
-            f"the file {folder}"
+            f"a model is a folder in the hub's layout, or a transformer in one {' or '.join(SUFFIXES)} file; {came}"
         )
     if not is_folder:
         raise CheckpointError(

@@ -18,12 +18,18 @@ from .modules import Blank
 from .survey import Survey, survey
 
 
-def checkpoint_sizes(model: str | os.PathLike[str], **files: str | os.PathLike[str] | None) -> ModelSizes:
-    """The sizes of a model that is on this machine, as `locate` finds it with these `files`; nothing is downloaded.
+def checkpoint_sizes(
+    model: str | os.PathLike[str],
+    *,
+    transformer: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+) -> ModelSizes:
+    """The sizes of a model that is on this machine, as `locate` finds it with these files; nothing is downloaded.
 
     Raises `CheckpointError` for what cannot be found or would not load.
     """
-    place = locate(model, **files, local_files_only=True)
+    place = locate(model, transformer=transformer, text_encoder=text_encoder, vae=vae, local_files_only=True)
     found = survey(place.folder, place.files)
     found.require()
     return sizes_of(found)

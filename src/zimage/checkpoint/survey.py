@@ -6,7 +6,7 @@ each thing is read is the business of `configs`, `shards`, `modules` and `tokeni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ class Survey:
             raise CheckpointError(f"{others}{more}") from self.errors[0]
 
 
-def survey(folder: Path, files: Mapping[str, Path] | None = None) -> Survey:
+def survey(folder: Path, files: Mapping[str, Path] | None = None, parts: Sequence[str] = PARTS) -> Survey:
     """Check the checkpoint in `folder`, with the weights of components in files of their own as `files` names them.
 
-    Raises only where there is no such folder.
+    Weights are looked for of `parts`, and the tokenizer where those are all. Raises only where there is no such folder.
     """
     files = files or {}
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def survey(folder: Path, files: Mapping[str, Path] | None = None) -> Survey:
     by_component = {"text_encoder": configs.text_encoder, "transformer": configs.transformer, "vae": configs.vae}
     blanks: dict[str, Blank] = {}
     weights: dict[str, Weights] = {}
-    for component in PARTS:
+    for component in parts:
         with problems.collected():
             weights[component] = read_component(folder, component, files)
         config = by_component[component]
@@ -75,9 +75,10 @@ def survey(folder: Path, files: Mapping[str, Path] | None = None) -> Survey:
             if component in weights:
                 _match(component, config, blank, weights[component], files.get(component, folder / component / "_"))
     tokenizer = None
-    with problems.collected():
-        size = configs.text_encoder["vocab_size"] if configs.text_encoder else 1 << 20
-        tokenizer = load_tokenizer(folder / "tokenizer", size)
+    if set(parts) == set(PARTS):
+        with problems.collected():
+            size = configs.text_encoder["vocab_size"] if configs.text_encoder else 1 << 20
+            tokenizer = load_tokenizer(folder / "tokenizer", size)
     return Survey(
         folder=folder,
         configs=configs,

@@ -58,6 +58,14 @@ def fill(
         setattr(module.get_submodule(place), leaf, buffer.to(device))
 
 
+def read_tensor(header: Header, name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
+    """The tensor `name` of a file in `dtype`, in memory of its own; its values are finite."""
+    tensor = torch.empty(entry.shape, dtype=dtype)
+    with open_regular(header.path) as file:
+        _Source(file, header, name, entry, _Staging(pinned=False)).read(nn.Identity(), tensor, None)
+    return tensor
+
+
 class LayerFile:
     """The tensors of one layer in their files, to be read again and again into a flat buffer (see `memory.ring`).
 

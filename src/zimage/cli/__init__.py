@@ -19,6 +19,7 @@ from .._version import __version__
 from ..errors import Cancelled, RequestError, ZImageError, ZImageWarning
 from .bench import bench
 from .checkpoints import inspect, variants
+from .convert import convert
 from .generate import generate
 from .options import State
 from .plan import plan
@@ -33,6 +34,7 @@ app.command()(generate)
 app.command()(replay)
 app.command()(variants)
 app.command()(inspect)
+app.command()(convert)
 app.command()(plan)
 app.command()(bench)
 

@@ -45,8 +45,8 @@ class ModelSizes:
     they run: `blocks` are the noise refiners and the main layers without their modulations, which are needed for all
     steps at once and count among `transformer_rest`; `context_blocks` run once per prompt.
 
-    What a file has in fewer bits and keeps so is not among them: `packed_text`, `packed_blocks` and `packed_context` are
-    its bytes in each of them, empty where there is nothing of it.
+    What a file has in fewer bits and keeps so is not among them: `packed_text`, `packed_blocks` and `packed_context`
+    are its bytes in each of them, empty where there is nothing of it.
     """
 
     text_layers: tuple[int, ...]

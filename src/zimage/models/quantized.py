@@ -71,7 +71,7 @@ class StoredLinear(nn.Module):
 
 
 class PackedLinear(StoredLinear):
-    """Weights as a file has them, of one of the kinds in `packed`: `weight` (out, bytes) in uint8, scales among them."""
+    """Weights as a file has them, of one of `packed.KINDS`: `weight` (out, bytes) in uint8, scales among them."""
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         """In the place of `linear`, without values, on the meta device."""
