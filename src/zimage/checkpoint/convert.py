@@ -123,15 +123,21 @@ def _goal(target: Path, part: str | None, dtype: str | None) -> _Goal:
 def _check_files(goal: _Goal, files: Mapping[str, object]) -> None:
     idle = [one for one, file in files.items() if file is not None and one not in goal.parts]
     if idle:
-        raise RequestError(f"{idle[0]}= has no effect on a file of the {goal.parts[0]}; leave it out, or give part=")
+        raise RequestError(
+            f"a file for the {idle[0]} has no effect on one of the {goal.parts[0]}; leave it out, or ask for "
+            f"part={idle[0]!r}"
+        )
 
 
 def _check_target(goal: _Goal, overwrite: bool) -> None:
     """Refuse before anything is read or downloaded."""
-    if goal.suffix:
-        check_target(goal.target, overwrite=overwrite)
-    else:
-        check_free(goal.target, overwrite=overwrite)
+    check = check_target if goal.suffix else check_free
+    try:
+        check(goal.target, overwrite=overwrite)
+    except RequestError as error:
+        is_file, is_model = goal.target.is_file(), (goal.target / MODEL_INDEX).is_file()
+        replaces = not overwrite and (is_file if goal.suffix else is_model)
+        raise RequestError(f"{error}{'; overwrite=True replaces it' * replaces}") from None
 
 
 def _write_file(file: Any, goal: _Goal, tensors: list[Outgoing]) -> None:

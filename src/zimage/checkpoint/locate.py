@@ -101,13 +101,13 @@ def _model_around(source: str | os.PathLike[str], given: Mapping[str, object], v
     """The model that has all that a transformer in one file lacks."""
     if given["transformer"] is not None:
         raise CheckpointError(
-            f"the model is a file, {source}, and transformer= is another; give the model that all else is taken from, "
-            "like 'turbo' or 'base'"
+            f"the model is a file, {source}, and another is given as its transformer; name the model that all else is "
+            "from, like 'turbo' or 'base'"
         )
     if variant is None:
         raise CheckpointError(
             f"{source} is the file of a transformer, which does not say which model it is: give variant='base' or "
-            "variant='turbo', or the model that all else is taken from and this file as transformer="
+            "variant='turbo', or name the model that all else is from, and this file as its transformer"
         )
     return get_variant(variant).hub_id
 
