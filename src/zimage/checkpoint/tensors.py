@@ -58,12 +58,10 @@ def fill(
         setattr(module.get_submodule(place), leaf, buffer.to(device))
 
 
-def read_tensor(header: Header, name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
-    """The tensor `name` of a file in `dtype`, in memory of its own; its values are finite."""
-    tensor = torch.empty(entry.shape, dtype=dtype)
+def read_into(tensor: Tensor, header: Header, name: str, entry: Entry) -> None:
+    """Read the tensor `name` of a file into `tensor`, of its shape, on the host; its values are finite in its type."""
     with open_regular(header.path) as file:
         _Source(file, header, name, entry, _Staging(pinned=False)).read(nn.Identity(), tensor, None)
-    return tensor
 
 
 class LayerFile:

@@ -22,7 +22,7 @@ from .folders import sync, write_json
 from .gguf import ALIGNMENT, MAGIC, PACKED, PLAIN
 from .outgoing import FLOAT8, Q8_0, Outgoing
 from .shards import Shape, index_name, single_name
-from .tensors import read_tensor
+from .tensors import read_into
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALE, _MARKER = "scale_weight", "scaled_fp8"
@@ -112,8 +112,16 @@ def write_shards(folder: Path, component: str, tensors: Iterable[Outgoing], shar
 
 def _values(one: Outgoing, dtype: torch.dtype) -> Tensor:
     """All of a tensor, its parts one after the other."""
-    parts = [read_tensor(header, name, entry, dtype) for header, name, entry in one.parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    first = one.parts[0][2].shape
+    if len(one.parts) == 1:
+        whole = torch.empty(first, dtype=dtype)
+        read_into(whole, *one.parts[0])
+        return whole
+    whole, begin = torch.empty(one.shape, dtype=dtype), 0
+    for header, name, entry in one.parts:
+        read_into(whole[begin : begin + entry.shape[0]], header, name, entry)
+        begin += entry.shape[0]
+    return whole
 
 
 def _write_float8(file: IO[bytes], one: Outgoing) -> float:
@@ -121,7 +129,8 @@ def _write_float8(file: IO[bytes], one: Outgoing) -> float:
     values = _values(one, torch.float32)
     kind = packed.FLOATS[FLOAT8]
     most = torch.finfo(kind).max
-    scale = float(values.abs().max() / most) or 1.0
+    low, high = values.aminmax()
+    scale = float(torch.maximum(-low, high) / most) or 1.0
     _write(file, values.div_(scale).clamp_(-most, most).to(kind))
     return scale
 

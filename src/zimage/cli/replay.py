@@ -129,13 +129,12 @@ def _load(
     source = model or recipe.model["source"]
     if not source:
         raise RequestError("the file does not say which model it was made with; pass --model")
-    recorded_files = {} if model else {part: recipe.model[part] for part in FILE_KEYS if recipe.model[part]}
-    recorded_files = {part: file for part, file in recorded_files.items() if not files[part]}
+    recorded_files = {one: recipe.model[one] for one in FILE_KEYS if recipe.model[one] and not (model or files[one])}
     for name in [] if model else [source, *recorded_files.values()]:
         if name.startswith(("\\\\", "//")):
             raise RequestError(f"the file names a model on another machine, {name}; pass --model if that is right")
-    known = any(source == variant.hub_id for variant in VARIANTS.values()) and not recorded_files
-    trusted = bool(model) or known
+    released = any(source == variant.hub_id for variant in VARIANTS.values())
+    trusted = bool(model) or (released and not recorded_files)
     recorded = recipe.model["revision"]
     revision = recorded if not model and re.fullmatch(r"[0-9a-f]{40}", recorded) else None
     dtype, weights = recipe.runtime.get("dtype", ""), recipe.runtime.get("weights", "")
