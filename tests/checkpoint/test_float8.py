@@ -203,7 +203,10 @@ def test_what_cannot_be_read_is_refused(name: str, tiny: Path, tmp_path: Path) -
 
 
 def test_a_lora_is_no_transformer(tiny: Path, tmp_path: Path) -> None:
-    for name in ("diffusion_model.layers.0.attention.qkv.lora_A.weight", "lora_unet_layers_0_attention_qkv.alpha"):
+    for name in (
+        "diffusion_model.layers.0.attention.qkv.lora_A.weight", "lora_unet_layers_0_attention_qkv.alpha",
+        "layers.0.attention.to_q.lora.down.weight",
+    ):  # fmt: skip
         save_file({name: torch.ones(4, 64)}, tmp_path / "ink.safetensors")
         with pytest.raises(
             CheckpointError, match=r"ink\.safetensors is a LoRA or the like and no transformer: .*--lora"

@@ -60,14 +60,17 @@ def convert_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     report: Report = lambda sentence: None,
-    **settings: Any,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """Write `model` to `target` in another layout and return the path.
 
     A `target` that ends in .safetensors is a file with one `part` as ComfyUI names it ("transformer" if not given,
     "text_encoder", "vae"), one that ends in .gguf is a GGUF file of the transformer, any other is a folder in the hub's
-    layout, for zimage and diffusers. `model`, the files, `variant` and `settings` (`revision`, `cache_dir`, `token`,
-    `local_files_only`) mean what they do to `ZImagePipeline.from_pretrained`.
+    layout, for zimage and diffusers. `model`, the files, `variant`, `revision`, `cache_dir`, `token` and
+    `local_files_only` mean what they do to `ZImagePipeline.from_pretrained`.
 
     `dtype` is "bfloat16", "float16", "float32", in .safetensors files also "float8" (e4m3, a scale for each matrix of
     the layers, the rest in bfloat16), in .gguf files also "q8_0". Left out, tensors keep theirs, and what a file has in
@@ -86,7 +89,10 @@ def convert_checkpoint(
         vae=vae,
         variant=variant,
         parts=goal.parts,
-        **settings,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
     )
     found = survey(place.folder, place.files, goal.parts)
     found.require()

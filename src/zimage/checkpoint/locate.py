@@ -67,8 +67,8 @@ def locate(
 ) -> Location:
     """Find the checkpoint that `source` means, downloading what is not in the cache yet.
 
-    `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a
-    path object is always a folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
+    `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a path object is
+    never an alias or an id. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
     mean what they do in `huggingface_hub.hf_hub_download`. `transformer`, `text_encoder` and `vae` are files with the
     weights of those, here or on the hub ("owner/name/file.gguf"), instead of those of `source`, which are then not
     needed. `source` may be such a file of a transformer too: then all else is that of the released model of `variant`,

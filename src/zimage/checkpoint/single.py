@@ -28,7 +28,7 @@ _SCALES = (".scale_weight", ".weight_scale")
 _UNREAD = (".scale_input", ".input_scale", ".comfy_quant")
 """Of 8-bit floats, what says how activations would be rounded, and the format, which types and shapes say too."""
 _MARKER = "scaled_fp8"
-_ADAPTER = re.compile(r"[._](?:lora|lokr|hada|oft)_|^lora_")
+_ADAPTER = re.compile(r"(?:^|[._])(?:lora|lokr|hada|oft)[._]")
 _TEXT_ENCODERS = ("qwen3",)
 
 
