@@ -81,8 +81,9 @@ def write_gguf(file: IO[bytes], tensors: Sequence[Outgoing], architecture: str, 
     header = MAGIC + struct.pack("<IQQ", 3, len(tensors), 4) + described + listed
     file.write(header.ljust(_aligned(len(header)), b"\0"))
     for one in tensors:
-        values = _values(one, torch.float32 if one.dtype == Q8_0 else _DTYPES[one.dtype])
-        _write(file, ggml.pack_q8_0(values) if one.dtype == Q8_0 else values)
+        _write(
+            file, ggml.pack_q8_0(_values(one, torch.float32)) if one.dtype == Q8_0 else _values(one, _DTYPES[one.dtype])
+        )
         file.write(bytes(_aligned(_gguf_bytes(one)) - _gguf_bytes(one)))
 
 
