@@ -57,7 +57,10 @@ def test_a_recipe_says_with_what_it_was_made(turbo: ZImagePipeline, turbo_folder
         "variant": "turbo",
         "fingerprint": turbo.model["fingerprint"],
         "transformer": "",
+        "text_encoder": "",
+        "vae": "",
     }
+    assert json.loads(recipe.to_json())["model"].keys() == recipe.model.keys() - {"text_encoder", "vae"}
     assert len(recipe.model["fingerprint"]) > 10
     assert recipe.runtime["zimage"] == zimage.__version__
     assert recipe.runtime["torch"] == torch.__version__

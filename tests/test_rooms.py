@@ -66,6 +66,7 @@ OPEN_TO_APPS = (
     "",
     "_version",
     "bench",
+    "checkpoint.convert",
     "checkpoint.inspect",
     "checkpoint.locate",
     "checkpoint.sizes",

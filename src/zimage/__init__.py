@@ -20,6 +20,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .adapters.adapter import AdapterReport
+    from .checkpoint.convert import convert_checkpoint
     from .errors import (
         AdapterError,
         Cancelled,
@@ -66,6 +67,7 @@ _HOMES = {
     "ZImageOutput": "output",
     "ZImagePipeline": "pipeline",
     "ZImageWarning": "errors",
+    "convert_checkpoint": "checkpoint.convert",
     "read_recipe": "files.png",
 }
 
@@ -95,6 +97,7 @@ __all__ = [
     "ZImagePipeline",
     "ZImageWarning",
     "__version__",
+    "convert_checkpoint",
     "read_recipe",
 ]
 

@@ -22,6 +22,7 @@ from .checkpoint.locate import Location, locate
 from .checkpoint.save import save_components
 from .controlled import Controlled
 from .errors import RequestError, ZImageWarning
+from .files.recipe import FILE_KEYS
 from .memory.budget import find_budget, held_memory
 from .memory.ladder import with_less
 from .memory.plan import Plan, parse_memory
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _CAPTION_TOKENS = 128
 """Of a prompt of some length, beside which attention is measured."""
-_UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", "transformer": ""}
+_UNKNOWN_MODEL = {"source": "", "revision": "", "fingerprint": "", **dict.fromkeys(FILE_KEYS, "")}
 
 
 class Parts(Controlled):
@@ -58,11 +59,12 @@ class Parts(Controlled):
         variant: str | None = None,
         model: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         self.shift = components.shift_of(scheduler)
         self.model = {**_UNKNOWN_MODEL, **(model or {})}
         self.variant = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
-        self._folder = folder
+        self._folder, self._files = folder, dict(files or {})
         inner = without_last_layer(text_encoder)
         components.check_parts(inner.config, transformer.config, vae.config)
         super().__init__(TextEncoder(inner, tokenizer), ZImageTransformer.share(transformer), Autoencoder(vae))
@@ -73,6 +75,8 @@ class Parts(Controlled):
         model: str | os.PathLike[str],
         *,
         transformer: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
         controlnet: str | os.PathLike[str] | torch.nn.Module | None = None,
         variant: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -91,9 +95,10 @@ class Parts(Controlled):
 
         Args:
             model: "base", "turbo", a hub id, a folder, or "demo" and "demo-turbo", small models that come with the
-                package.
-            transformer: a safetensors or GGUF file with the transformer's weights, here or on the hub
-                ("owner/name/file.gguf"), instead of those of `model`. What is in fewer bits in a GGUF file stays so.
+                package. Or the file of a transformer, as below; then `variant` says which model all else is from.
+            transformer, text_encoder, vae: a safetensors or GGUF file with the weights of that, here or on the hub
+                ("owner/name/file.gguf"), instead of those of `model`, whichever tool wrote it. Layers that are in fewer
+                bits in the file, GGUF or fp8, stay so.
             controlnet: what `load_controlnet` then loads.
             variant: "base" or "turbo", where neither the hub id nor the scheduler's shift tells.
             dtype: "auto" (the default), "bfloat16", "float16", "float32" or the torch dtype; `torch_dtype` is the same.
@@ -128,6 +133,9 @@ class Parts(Controlled):
         place = locate(
             model,
             transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            variant=variant,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -144,7 +152,7 @@ class Parts(Controlled):
             dtype=precision,
             device=target,
             planner=planning,
-            transformer=place.transformer,
+            files=place.files,
         )
         parts = with_less(load, planning.step_down)
         made = cls(
@@ -156,6 +164,7 @@ class Parts(Controlled):
             variant=variant,
             model=described(place),
             folder=place.folder,
+            files=place.files,
         )
         made._follow(parts, target, before)
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
@@ -194,6 +203,7 @@ class Parts(Controlled):
             vae=self.autoencoder.vae,
             shift=self.shift,
             folder=self._folder,
+            files=self._files,
         )
         self._require_plain("saved")
         with self._turn:
@@ -260,12 +270,13 @@ def _plan(
 
 def described(place: Location) -> dict[str, str]:
     """The model that was loaded, as recipes name it."""
-    file = "" if place.transformer is None else runtime.portable_path(place.transformer)
+    files = {part: place.names.get(part) or runtime.portable_path(file) for part, file in place.files.items()}
     return {
         "source": place.hub_id or place.demo or runtime.portable_path(place.folder),
         "revision": place.revision or "",
-        "fingerprint": fingerprint(place.folder, place.transformer),
-        "transformer": place.transformer_name or file,
+        "fingerprint": fingerprint(place.folder, place.files),
+        **dict.fromkeys(FILE_KEYS, ""),
+        **files,
     }
 
 

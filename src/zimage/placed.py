@@ -25,10 +25,12 @@ from .memory.ladder import Attempt, is_out_of_memory, release, with_less
 from .memory.plan import Plan
 from .memory.planner import SLOTS, everything_resident, fit_picture, fits_beside, follow, lower, require_fit
 from .memory.residency import Residency
+from .memory.sizes import STORED_BYTES
 from .models import attention
 from .models.autoencoder import Autoencoder
 from .models.compiled import compile_blocks, is_compiled, restore_blocks
 from .models.graphs import drop_graphs, forget_graphs, use_graphs
+from .models.quantized import packed_as
 from .models.text_encoder import TextEncoder
 from .models.transformer import ZImageTransformer
 from .request import ResolvedRequest
@@ -79,10 +81,10 @@ class Placed:
 
     @property
     def weights(self) -> str | None:
-        """What layers are stored as: "bfloat16", "int8", "float8", "nf4", "gguf" (as in its file); `None` in full."""
+        """What layers are stored as: "bfloat16", "int8", "float8", "nf4", as in files "gguf", "fp8"; `None` in full."""
         if self._plan is None or self._plan.placement.weights:
             return self._plan.placement.weights if self._plan else None
-        return "gguf" if self._plan.sizes.packed else None
+        return packed_as(self.text_encoder.model, self.transformer) if self._plan.sizes.packed else None
 
     @property
     def activations(self) -> str | None:
@@ -314,7 +316,8 @@ class Placed:
 
     def _require_plain(self, what: str) -> None:
         if self.weights is not None:
-            otherwise = "without the GGUF file" if self.weights == "gguf" else "with weight_dtype='full'"
+            is_asked = self.weights in STORED_BYTES
+            otherwise = "with weight_dtype='full'" if is_asked else f"without the {self.weights.upper()} file"
             raise RequestError(
                 f"the weights of this pipeline are stored in {self.weights}, so it cannot be {what}; "
                 f"load it again {otherwise}"

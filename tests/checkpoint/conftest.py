@@ -79,6 +79,10 @@ class Outcome:
     torch_was_loaded: bool
     transformer: str | None = None
     transformer_name: str | None = None
+    text_encoder: str | None = None
+    text_encoder_name: str | None = None
+    vae: str | None = None
+    vae_name: str | None = None
 
 
 _LOCATE = """
@@ -93,8 +97,8 @@ out = dict(folder=None, hub_id=None, revision=None, error=None, cause=None)
 try:
     found = locate(source, **options)
     out.update(folder=str(found.folder), hub_id=found.hub_id, revision=found.revision)
-    if found.transformer:
-        out.update(transformer=str(found.transformer), transformer_name=found.transformer_name)
+    for part, file in found.files.items():
+        out.update({part: str(file), part + "_name": found.names.get(part)})
 except CheckpointError as error:
     out.update(error=str(error), cause=type(error.__cause__).__name__)
 print(json.dumps(out | dict(torch_was_loaded="torch" in sys.modules)))

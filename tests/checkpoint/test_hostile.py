@@ -440,7 +440,10 @@ CASES: dict[str, tuple[str, Mutation]] = {
     "a tensor misshapen": ("'cap_pad_token' [64, 1] for [1, 64]", tensor("cap_pad_token", torch.ones(64, 1))),
     "whole numbers": ("'cap_pad_token' I64", tensor("cap_pad_token", torch.ones(1, 64).to(torch.int64))),
     "bytes": ("'cap_pad_token' U8", tensor("cap_pad_token", torch.ones(1, 64).to(torch.uint8))),
-    "eight-bit floats": ("'cap_pad_token' F8_E4M3", tensor("cap_pad_token", torch.ones(1, 64).to(torch.float8_e4m3fn))),
+    "other eight-bit floats": (
+        "'cap_pad_token' F8_E4M3FNUZ",
+        tensor("cap_pad_token", torch.ones(1, 64).to(torch.float8_e4m3fnuz)),
+    ),
     "truth values": ("'cap_pad_token' BOOL", tensor("cap_pad_token", torch.ones(1, 64).to(torch.bool))),
     "complex numbers": ("'cap_pad_token' C64", tensor("cap_pad_token", torch.ones(1, 64).to(torch.complex64))),
     "a value that is not a number": (f"{MATRIX!r}", last_value(torch.nan)),

@@ -68,9 +68,9 @@ def test_an_alias_means_the_hub_even_where_a_folder_has_its_name(
         ("~/nowhere-at-all", "there is no folder"),
         ("a/b/c", "there is no folder a/b/c"),
         (Path("nowhere"), "there is no folder nowhere"),
-        ("model.safetensors", "for a transformer in one file give it as transformer="),
-        ("org/model.gguf", "for a transformer in one file give it as transformer="),
-        ("weights/old.ckpt", "for a transformer in one file give it as transformer="),
+        ("model.safetensors", "a transformer in one .safetensors or .gguf file; there is no file model.safetensors"),
+        ("org/model.gguf", "there is no file org/model.gguf"),
+        ("weights/old.ckpt", "there is no file weights/old.ckpt"),
         ("turbo2", "give 'base', 'turbo', 'demo', 'demo-turbo', a folder, or a hub id"),
         ("", "give 'base', 'turbo', 'demo', 'demo-turbo', a folder, or a hub id"),
         ("org/mo del", "it is no hub id"),
@@ -88,7 +88,7 @@ def test_what_is_no_model(source: str | Path, said: str) -> None:
 
 
 def test_an_existing_file_is_no_checkpoint(tiny: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"got the file .*model_index.json; for a transformer in one file"):
+    with pytest.raises(CheckpointError, match=r"in one .safetensors or .gguf file; got the file .*model_index.json"):
         locate(tiny / "model_index.json")
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType
 from gguf.quants import quantize
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
@@ -27,15 +25,11 @@ from zimage.models import ggml
 from zimage.models.quantized import PackedLinear
 from zimage.testing import build_checkpoint
 
+from .writers import Weights, published, weights_of, write_gguf
+
 PICTURE: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 3, "seed": 4, "any_size": True}
-PUBLISHED = (
-    ("all_final_layer.2-1.", "final_layer."), ("all_x_embedder.2-1.", "x_embedder."), (".norm_q.", ".q_norm."),
-    (".norm_k.", ".k_norm."), (".to_out.0.", ".out."),
-)  # fmt: skip
 MIXED = {"w1": "Q4_K", "w2": "Q6_K", "w3": "Q5_K", "qkv": "Q3_K", "out": "IQ4_XS"}
 """As files for small cards have them: more bits where they matter more."""
-
-Weights = Mapping[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -57,60 +51,6 @@ def bare(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixed") / "model-Q4.gguf"
     return write_gguf(path, published(weights_of(folder)), lambda name: MIXED.get(name.split(".")[-2:][0], "Q8_0"))
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in sorted((folder / "transformer").glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def published(weights: Weights, prefix: str = "") -> dict[str, Tensor]:
-    """With the official names: queries, keys and values are one matrix."""
-    named = {}
-    for name, tensor in weights.items():
-        if re.search(r"\.to_[kv]\.", name):
-            continue
-        if ".to_q." in name:
-            tensor = torch.cat([weights[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
-            name = name.replace(".to_q.", ".qkv.")
-        for own, other in PUBLISHED:
-            name = name.replace(own, other)
-        named[prefix + name] = tensor.clone()
-    return named
-
-
-def write_gguf(
-    path: Path, tensors: Weights, kind_of: Callable[[str], str] = lambda name: "F32", architecture: str = "lumina2"
-) -> Path:
-    """Matrices are stored as `kind_of` their names, if their rows are whole blocks of that; all else in float32."""
-    writer = GGUFWriter(path, architecture)
-    for name, tensor in tensors.items():
-        kind, values = kind_of(name), tensor.float().numpy()
-        if kind in GGML_BLOCKS and values.ndim == 2 and not values.shape[1] % GGML_BLOCKS[kind][0]:
-            writer.add_tensor(name, packed(values, kind), raw_dtype=GGMLQuantizationType[kind])
-        else:
-            writer.add_tensor(name, values.astype(np.float16) if kind == "F16" else values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def packed(values: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.uint8]:
-    """As the `gguf` package rounds them; of kinds that it only reads, random blocks of small numbers."""
-    if kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
-        return quantize(values, GGMLQuantizationType[kind])
-    content = np.random.default_rng(len(values)).integers(
-        0, 256, (len(values), ggml.packed_bytes(kind, values.shape[1])), dtype=np.uint8
-    )
-    blocks = content.reshape(-1, GGML_BLOCKS[kind][1])
-    for place in ggml.KINDS[kind].halves:
-        blocks[:, place : place + 2] = np.array([1e-5], dtype=np.float16).view(np.uint8)
-    return content
 
 
 def load(folder: Path, file: Path | str | None, dtype: str = "float32", **options: Any) -> ZImagePipeline:

@@ -89,7 +89,7 @@ def test_a_checkpoint_and_what_is_free_here(capsys: pytest.CaptureFixture[str], 
         (["--tokens", "0"], 2, "--tokens must be 1 to 1504, got 0"),
         (["--dtype", "int8"], 2, "--dtype must be auto, float32, bfloat16, float16, got 'int8'"),
         (["--device", "tpu"], 2, "--device must be cuda, mps or cpu, got 'tpu'"),
-        (["--memory", "8GB", "--text-encoder", "gpu"], 2, "must be 'resident', 'streamed' or 'cpu', got 'gpu'"),
+        (["--memory", "8GB", "--encoding", "gpu"], 2, "must be 'resident', 'streamed' or 'cpu', got 'gpu'"),
         (["--model", "no/where"], 1, "no/where"),
     ],
 )

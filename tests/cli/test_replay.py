@@ -146,6 +146,7 @@ def test_files_that_cannot_be_replayed(zimage: Callable[..., Any], drawn: Pictur
     save_png(drawn, tmp_path / "latents.png", replace(recipe, given=("latents",)))
     save_png(drawn, tmp_path / "unknown.png", replace(recipe, model={**recipe.model, "source": ""}))
     save_png(drawn, tmp_path / "share.png", replace(recipe, model={**recipe.model, "source": r"\\server\share"}))
+    save_png(drawn, tmp_path / "share-vae.png", replace(recipe, model={**recipe.model, "vae": "//server/share/a.gguf"}))
     for name, said in {
         "a.jpg": "is not a PNG file",
         "nothing.png": "there is no file",
@@ -153,6 +154,7 @@ def test_files_that_cannot_be_replayed(zimage: Callable[..., Any], drawn: Pictur
         "latents.png": "was made from latents, which the file does not hold",
         "unknown.png": "does not say which model it was made with; pass --model",
         "share.png": "on another machine",
+        "share-vae.png": "on another machine, //server/share/a.gguf",
     }.items():
         ended = zimage("replay", name)
         assert (ended.code, ended.out) == (2, "")
@@ -195,13 +197,15 @@ def test_a_file_cannot_make_anyone_download_a_model(
 ) -> None:
     recipe = recipe_of(drawn)
     address, asked = hub
-    save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, "source": "someone/model"}))
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    with process("replay", "a.png", env=environment) as started:
-        _, err = started.communicate()
-    assert started.returncode == 1
-    assert asked == []
-    assert b"pass --model to download it" in err
+    released = {"source": "Tongyi-MAI/Z-Image-Turbo", "vae": "someone/model/file.safetensors"}
+    for named, said in ((released, b"pass --model, --vae to"), ({"source": "someone/model"}, b"pass --model to")):
+        save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, **named}))
+        with process("replay", "a.png", env=environment) as started:
+            _, err = started.communicate()
+        assert started.returncode == 1
+        assert asked == []
+        assert said + b" download it" in err
     with process("replay", "a.png", "--model", "someone/model", env=environment) as started:
         started.communicate()
     assert started.returncode == 1

@@ -332,6 +332,18 @@ def test_differences(model: Mapping[str, str], runtime: Mapping[str, str], expec
     assert differences(make(), {**MODEL, **model}, {**RUNTIME, **runtime}) == expected
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_files_are_compared_by_their_fingerprint(part: str) -> None:
+    recipe = replace(make(), model={**MODEL, part: "~/a.gguf"})
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert json.loads(recipe.to_json())["model"][part] == "~/a.gguf"
+    moved = {**MODEL, part: "/b.gguf"}
+    assert differences(recipe, moved, RUNTIME) == []
+    assert differences(recipe, {**moved, "fingerprint": "f2"}, RUNTIME) == [
+        "model fingerprint was f1, here it is f2", f"model {part} was ~/a.gguf, here it is /b.gguf",
+    ]  # fmt: skip
+
+
 def test_parameters_text_is_what_other_tools_read() -> None:
     recipe = make(prompt="a fox", negative_prompt="blurry", width=768, sampler="dpmpp_2m", guidance_scale=3.5)
     assert parameters_text(recipe) == (

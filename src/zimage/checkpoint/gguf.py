@@ -31,7 +31,8 @@ _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY, _UINT32 = 8, 9, 4
 _MAX_DIMENSIONS = 4
 _MAX_DEPTH = 4
-_ALIGNMENT = 32
+ALIGNMENT = 32
+"""Where tensors begin is a multiple, if a file does not say otherwise."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -55,7 +56,7 @@ def read_gguf_header(path: Path) -> Header:
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF of version {version}; 2 and 3 are read, in little-endian order")
     tensors, described = cursor.number(8), cursor.number(8)
-    alignment, architecture = _ALIGNMENT, None
+    alignment, architecture = ALIGNMENT, None
     for _ in range(described):
         name, kind = cursor.text(), cursor.number(4)
         if name == "general.alignment" and kind == _UINT32:

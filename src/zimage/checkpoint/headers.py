@@ -31,12 +31,16 @@ _BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in a file: its type by the format's name, its shape, and where its bytes are, from the file's start."""
+    """A tensor in a file: its type by the format's name, its shape, and where its bytes are, from the file's start.
+
+    `scale` is another tensor of the file, of one number or of one for each row, that its values are multiplied with.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    scale: Entry | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,14 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
     )
 
 
-def fingerprint(folder: str | os.PathLike[str], transformer: Path | None = None) -> str:
-    """A sampled identity of the weights in `folder`, those of the transformer in its own file if given: 32 hex digits.
+def fingerprint(folder: str | os.PathLike[str], files: Mapping[str, Path] | None = None) -> str:
+    """A sampled identity of the weights in `folder`, or in the `files` of components: 32 hex digits.
 
     It covers the name, size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data. So
     it tells one model from another and from a fine-tune of it, and it does not see a change of a few values between the
     pieces. Raises `CheckpointError` where files are missing or damaged.
     """
-    return _fingerprint({component: read_component(Path(folder), component, transformer) for component in PARTS})
+    return _fingerprint({component: read_component(Path(folder), component, files or {}) for component in PARTS})
 
 
 def content_digest(weights: Weights) -> str:

@@ -7,8 +7,8 @@ Five hard-coded classes come out, whatever the files say, and no code of a check
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ class Components:
 
     `text_encoder` has no last layer and no final norm, for which an identity stands: Z-Image uses what enters the last
     layer, and its `last_hidden_state` is that. `text_encoder_layers` counts all layers of the original. `folder` is
-    where it all came from, None where it was made in memory.
+    where it all came from, None where it was made in memory, but for the weights of components that had `files` for
+    themselves.
     """
 
     tokenizer: Qwen2Tokenizer
@@ -49,6 +50,7 @@ class Components:
     vae: AutoencoderKL
     shift: float
     folder: Path | None
+    files: Mapping[str, Path] = field(default_factory=dict)
     plan: Plan | None = None
     layers: tuple[Layer, ...] = ()
     """Those that pass through the device as the plan has it, in the order in which they run."""
@@ -62,14 +64,14 @@ def load_components(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     planner: Planner | None = None,
-    transformer: Path | None = None,
+    files: Mapping[str, Path] | None = None,
     parts: Sequence[str] = PARTS,
 ) -> Components:
     """The components in `folder`, their weights in `dtype`, in evaluation mode and without gradients.
 
     Those that are not among `parts` are checked, but get no weights.
 
-    The transformer's are in the file `transformer` if it is given; layers that a GGUF file has in fewer bits stay so.
+    Those that `files` has a file for are in that; layers that a file has in fewer bits stay so.
     All are on `device`, or where the plan has them that `planner` makes of their sizes before anything is read; layers
     that it streams are on the host, or still in their files.
 
@@ -79,7 +81,7 @@ def load_components(
     """
     target = torch.device(device)
     try:
-        found = survey(Path(folder), transformer)
+        found = survey(Path(folder), files)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
@@ -122,6 +124,7 @@ def _load(
         vae=found.blanks["vae"].module,
         shift=configs.shift,
         folder=found.folder,
+        files=found.files,
         plan=plan,
         layers=tuple(layers),
         read=read,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..variants import DEMOS, VARIANTS
+from ..variants import DEMOS, VARIANTS, get_variant
 from .configs import (
     LEGACY_TOKENIZER_FILES,
     MODEL_INDEX,
@@ -46,16 +46,20 @@ class Location:
     demo: str | None = None
     hub_id: str | None = None
     revision: str | None = None
-    transformer: Path | None = None
-    """The file of the transformer's weights, where they are not the folder's."""
-    transformer_name: str | None = None
-    """What that is called on the hub, if it is from there."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """By component the file of its weights, where they are not the folder's."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What those are called on the hub that are from there."""
 
 
 def locate(
     source: str | os.PathLike[str],
     *,
     transformer: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    parts: Sequence[str] = PARTS,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -63,27 +67,58 @@ def locate(
 ) -> Location:
     """Find the checkpoint that `source` means, downloading what is not in the cache yet.
 
-    `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a
-    path object is always a folder. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
-    mean what they do in `huggingface_hub.hf_hub_download`. `transformer` is a file with the weights of that, here or
-    on the hub ("owner/name/file.gguf"), instead of those of `source`, which are then not needed. Raises
-    `CheckpointError` where there is no such checkpoint or it cannot be had.
+    `source` is an alias ("base", "turbo", "demo"), a folder, or a hub id like "Tongyi-MAI/Z-Image"; a path object is
+    never an alias or an id. `revision` (a branch, tag or commit), `cache_dir`, `token` and `local_files_only`
+    mean what they do in `huggingface_hub.hf_hub_download`. `transformer`, `text_encoder` and `vae` are files with the
+    weights of those, here or on the hub ("owner/name/file.gguf"), instead of those of `source`, which are then not
+    needed. `source` may be such a file of a transformer too: then all else is that of the released model of `variant`,
+    which must be given. Of `parts` alone weights are needed. Raises `CheckpointError` where there is no such checkpoint
+    or it cannot be had.
     """
     settings = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    if transformer is None:
-        return _locate_folder(source, revision, PARTS, settings)
-    file, name = _locate_file(transformer, settings)
-    others = [part for part in PARTS if part != "transformer"]
-    return replace(_locate_folder(source, revision, others, settings), transformer=file, transformer_name=name)
+    given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    if _is_single(source):
+        given["transformer"], source = source, _model_around(source, given, variant)
+    found = {part: _locate_file(part, file, settings) for part, file in given.items() if file is not None}
+    place = _locate_folder(source, revision, [part for part in parts if part not in found], settings)
+    names = {part: name for part, (_, name) in found.items() if name}
+    return replace(place, files={part: path for part, (path, _) in found.items()}, names=names)
 
 
-def _locate_file(file: str | os.PathLike[str], settings: dict[str, Any]) -> tuple[Path, str | None]:
-    """The file, and its name if it is on the hub."""
+def _is_single(source: str | os.PathLike[str]) -> bool:
+    """Whether a model is given as one file: one that is here, or is named as one on the hub."""
+    try:
+        path = Path(source).expanduser()
+        is_there, is_file = path.exists(), path.is_file()
+    except (RuntimeError, TypeError, ValueError, OSError):
+        return False
+    if is_there:
+        return is_file and path.suffix.lower() in SUFFIXES
+    return isinstance(source, str) and _HUB_FILE.fullmatch(source) is not None
+
+
+def _model_around(source: str | os.PathLike[str], given: Mapping[str, object], variant: str | None) -> str:
+    """The model that has all that a transformer in one file lacks."""
+    if given["transformer"] is not None:
+        raise CheckpointError(
+            f"the model is a file, {source}, and another is given as its transformer; name the model that all else is "
+            "from, like 'turbo' or 'base'"
+        )
+    if variant is None:
+        raise CheckpointError(
+            f"{source} is the file of a transformer, which does not say which model it is: give variant='base' or "
+            "variant='turbo', or name the model that all else is from, and this file as its transformer"
+        )
+    return get_variant(variant).hub_id
+
+
+def _locate_file(part: str, file: str | os.PathLike[str], settings: dict[str, Any]) -> tuple[Path, str | None]:
+    """The file of a component, and its name if it is on the hub."""
     try:
         path = Path(file).expanduser()
         is_there = path.exists()
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"transformer must be a file, got {shown(file)}: {reason(error)}") from error
+        raise CheckpointError(f"{part} must be a file, got {shown(file)}: {reason(error)}") from error
     match = _HUB_FILE.fullmatch(file) if isinstance(file, str) and not is_there else None
     if match:
         repository = Repository(match[1], revision=None, **settings)
@@ -91,7 +126,7 @@ def _locate_file(file: str | os.PathLike[str], settings: dict[str, Any]) -> tupl
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         came = "is missing" if not is_there else "is a folder" if path.is_dir() else "is of another kind"
         raise CheckpointError(
-            f"transformer must be a {' or '.join(SUFFIXES)} file, here or on the hub ('owner/name/file.gguf'), and "
+            f"{part} must be a {' or '.join(SUFFIXES)} file, here or on the hub ('owner/name/file.gguf'), and "
             f"{shown(str(file))} {came}"
         )
     return path, None
@@ -142,9 +177,9 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Location:
             f"a model is {_ALIASES}, a folder or a hub id, got {shown(source)}: {reason(error)}"
         ) from error
     if not is_folder and (is_there or folder.suffix.lower() in _SINGLE_FILES):
+        came = f"got the file {folder}" if is_there else f"there is no file {folder}"
         raise CheckpointError(
-            f"a checkpoint is a folder in the hub's layout, got the file {folder}; for a transformer in one file give "
-            f"it as transformer=, and here the model that all else is taken from, like 'turbo' or 'base'"
+            f"a model is a folder in the hub's layout, or a transformer in one {' or '.join(SUFFIXES)} file; {came}"
         )
     if not is_folder:
         raise CheckpointError(

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..memory.sizes import GGML_BLOCKS
+from ..memory.sizes import FLOAT8, GGML_BLOCKS
 from .headers import Entry, Header, read_header
 from .reading import MAX_INDEX, exists, read_json, shown
 
 Shape = tuple[int, ...]
 
-READ = ("F64", "F32", "F16", "BF16", *GGML_BLOCKS)
-"""The types of tensors that are read."""
+READ = ("F64", "F32", "F16", "BF16", *FLOAT8, *GGML_BLOCKS)
+"""The types of tensors that are read; those in 8 bits may have a scale."""
 
 _STEMS = {
     "text_encoder": "model",
@@ -95,7 +95,7 @@ def match(
 ) -> None:
     """Raise one `CheckpointError` that lists every way in which the tensors at `place` are not those that are needed.
 
-    Tensors in `spare` may be there or not; they are not read.
+    `place` is the folder of the files. Tensors in `spare` may be there or not; they are not read.
     """
     entries, allowed = weights.entries, {**spare, **needed}
     missing = [name for name in needed if name not in entries]
@@ -111,7 +111,7 @@ def match(
     if problems:
         files = ", ".join(map(_called, weights.headers[:3]))
         more = f" and {len(weights.headers) - 3} more" if len(weights.headers) > 3 else ""
-        advice = "quantised weights are not read here; " if mistyped else ""
+        advice = "weights quantised so are not read; " if mistyped else ""
         raise CheckpointError(
             f"{place}: the tensors in {files}{more} are not those of the {component} that config.json "
             f"describes: {'; '.join(problems)}; {advice}take config.json and weights from the same model"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..memory.ring import STAYS
-from ..memory.sizes import GGML_BLOCKS, ModelSizes
+from ..memory.sizes import FLOAT8, GGML_BLOCKS, ModelSizes
 from ..models.quantized import PackedLinear
 from ..models.transformer import BLOCKS
 from ..rules import native_side
@@ -18,13 +18,19 @@ from .modules import Blank
 from .survey import Survey, survey
 
 
-def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLike[str] | None = None) -> ModelSizes:
-    """The sizes of a model that is on this machine, as `locate` finds it; nothing is downloaded.
+def checkpoint_sizes(
+    model: str | os.PathLike[str],
+    *,
+    transformer: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+) -> ModelSizes:
+    """The sizes of a model that is on this machine, as `locate` finds it with these files; nothing is downloaded.
 
     Raises `CheckpointError` for what cannot be found or would not load.
     """
-    place = locate(model, transformer=transformer, local_files_only=True)
-    found = survey(place.folder, place.transformer)
+    place = locate(model, transformer=transformer, text_encoder=text_encoder, vae=vae, local_files_only=True)
+    found = survey(place.folder, place.files)
     found.require()
     return sizes_of(found)
 
@@ -32,12 +38,12 @@ def checkpoint_sizes(model: str | os.PathLike[str], transformer: str | os.PathLi
 def sizes_of(found: Survey) -> ModelSizes:
     """The sizes of a checkpoint without errors, and whether the matrices of its layers are in bfloat16."""
     matrices = (
-        entry.dtype
+        (entry.dtype, entry.scale)
         for component, layers in (("text_encoder", ("layers",)), ("transformer", BLOCKS))
         for name, entry in found.weights[component].entries.items()
         if len(entry.shape) == 2 and STAYS not in name and set(name.split(".")).intersection(layers)
     )
-    in_bfloat16 = all(dtype == "BF16" or dtype in GGML_BLOCKS for dtype in matrices)
+    in_bfloat16 = all(dtype in (*GGML_BLOCKS, *FLOAT8) or (dtype == "BF16" and not scale) for dtype, scale in matrices)
     return replace(sizes_of_blanks(found.blanks), in_bfloat16=in_bfloat16)
 
 
@@ -51,12 +57,12 @@ def sizes_of_models(text_encoder: Any, transformer: Any, vae: Any) -> ModelSizes
     layers = _by_layer(text_encoder, "layers")
     blocks = [*_by_layer(transformer, "noise_refiner"), *_by_layer(transformer, "layers")]
     context = _by_layer(transformer, "context_refiner")
-    packed_context = _packed(transformer, "context_refiner")
+    packed_text, packed_context = _packed(text_encoder, "layers"), _packed(transformer, "context_refiner")
     packed = [*_packed(transformer, "noise_refiner"), *_packed(transformer, "layers")]
     is_packed = any(packed) or any(packed_context)
     return ModelSizes(
         text_layers=tuple(layers),
-        text_rest=_count(text_encoder) - sum(layers),
+        text_rest=_count(text_encoder) - sum(layers) - sum(packed_text),
         blocks=tuple(blocks),
         context_blocks=tuple(context),
         transformer_rest=_count(transformer) - sum(blocks) - sum(context) - sum(packed) - sum(packed_context),
@@ -69,6 +75,7 @@ def sizes_of_models(text_encoder: Any, transformer: Any, vae: Any) -> ModelSizes
         native_side=native_side(vae.config.sample_size),
         packed_blocks=tuple(packed) if is_packed else (),
         packed_context=tuple(packed_context) if is_packed else (),
+        packed_text=tuple(packed_text) if any(packed_text) else (),
     )
 
 

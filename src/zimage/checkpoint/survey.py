@@ -6,7 +6,8 @@ each thing is read is the business of `configs`, `shards`, `modules` and `tokeni
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ from .shards import Weights, match
 from .single import read_component
 from .tokenizer import load_tokenizer
 
+_LAYERS = {"text_encoder": ("layers",), "transformer": BLOCKS}
+"""The lists of blocks whose matrices stay in fewer bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What was found in `folder`. `blanks` and `weights` lack the components that could not be read."""
+    """What was found in `folder` and in the `files` that components have for themselves.
+
+    `blanks` and `weights` lack the components that could not be read.
+    """
 
     folder: Path
     configs: Configs
@@ -30,6 +37,7 @@ class Survey:
     blanks: dict[str, Blank]
     weights: dict[str, Weights]
     errors: tuple[CheckpointError, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def require(self) -> None:
         """Raise what was found wrong, in one `CheckpointError`."""
@@ -41,11 +49,12 @@ class Survey:
             raise CheckpointError(f"{others}{more}") from self.errors[0]
 
 
-def survey(folder: Path, transformer: Path | None = None) -> Survey:
-    """Check the checkpoint in `folder`, its transformer's weights in a file of their own if `transformer` names one.
+def survey(folder: Path, files: Mapping[str, Path] | None = None, parts: Sequence[str] = PARTS) -> Survey:
+    """Check the checkpoint in `folder`, with the weights of components in files of their own as `files` names them.
 
-    Raises only where there is no such folder.
+    Weights are looked for of `parts`, and the tokenizer where those are all. Raises only where there is no such folder.
     """
+    files = files or {}
     if not folder.is_dir():
         came = "is no folder" if folder.exists() else "is missing"
         raise CheckpointError(f"{folder} {came}; a checkpoint is a folder with model_index.json in it")
@@ -54,9 +63,9 @@ def survey(folder: Path, transformer: Path | None = None) -> Survey:
     by_component = {"text_encoder": configs.text_encoder, "transformer": configs.transformer, "vae": configs.vae}
     blanks: dict[str, Blank] = {}
     weights: dict[str, Weights] = {}
-    for component in PARTS:
+    for component in parts:
         with problems.collected():
-            weights[component] = read_component(folder, component, transformer)
+            weights[component] = read_component(folder, component, files)
         config = by_component[component]
         if config is None:
             continue
@@ -64,14 +73,12 @@ def survey(folder: Path, transformer: Path | None = None) -> Survey:
             names = weights[component].entries if component in weights else ()
             blanks[component] = blank = build(component, config, names)
             if component in weights:
-                match(folder / component, component, weights[component], blank.needed, blank.spare)
-                if component == "transformer":
-                    kinds = {blank.targets[name]: entry.dtype for name, entry in weights[component].entries.items()}
-                    pack(blank.module, kinds, *BLOCKS)
+                _match(component, config, blank, weights[component], files.get(component, folder / component / "_"))
     tokenizer = None
-    with problems.collected():
-        size = configs.text_encoder["vocab_size"] if configs.text_encoder else 1 << 20
-        tokenizer = load_tokenizer(folder / "tokenizer", size)
+    if set(parts) == set(PARTS):
+        with problems.collected():
+            size = configs.text_encoder["vocab_size"] if configs.text_encoder else 1 << 20
+            tokenizer = load_tokenizer(folder / "tokenizer", size)
     return Survey(
         folder=folder,
         configs=configs,
@@ -79,4 +86,20 @@ def survey(folder: Path, transformer: Path | None = None) -> Survey:
         blanks=blanks,
         weights=weights,
         errors=tuple(problems.errors),
+        files=files,
     )
+
+
+def _match(component: str, config: Mapping[str, Any], blank: Blank, weights: Weights, file: Path) -> None:
+    """Raise `CheckpointError` if the tensors are not those of `blank`; else its layers keep what they have in fewer
+    bits."""
+    first = weights.entries.get("decoder.conv_in.weight")
+    if component == "vae" and first and len(first.shape) == 4 and first.shape[1] != config["latent_channels"]:
+        raise CheckpointError(
+            f"the VAE in {weights.headers[0].path} has {first.shape[1]} latent channels and the model has "
+            f"{config['latent_channels']}; take that of Z-Image, which is Flux's (ae.safetensors)"
+        )
+    match(file.parent, component, weights, blank.needed, blank.spare)
+    kinds = {to: weights.entries[name].dtype for name, to in blank.targets.items()}
+    if component in _LAYERS:
+        pack(blank.module, kinds, *_LAYERS[component])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..memory.ring import Field
-from ..models import ggml
+from ..models import ggml, packed
 from ..models.quantized import PackedLinear, QuantizedLinear, StoredLinear, quantize_rows
 from .headers import Entry, Header
 from .reading import open_regular, reason, shown
@@ -56,6 +56,12 @@ def fill(
     for buffer_name, buffer in list(module.named_buffers()):
         place, _, leaf = buffer_name.rpartition(".")
         setattr(module.get_submodule(place), leaf, buffer.to(device))
+
+
+def read_into(tensor: Tensor, header: Header, name: str, entry: Entry) -> None:
+    """Read the tensor `name` of a file into `tensor`, of its shape, on the host; its values are finite in its type."""
+    with open_regular(header.path) as file:
+        _Source(file, header, name, entry, _Staging(pinned=False)).read(nn.Identity(), tensor, None)
 
 
 class LayerFile:
@@ -119,13 +125,14 @@ class _Source:
 
     def read(self, owner: nn.Module, tensor: Tensor, scale: Tensor | None) -> None:
         """Read it into `tensor`, a parameter of `owner` where that is wanted, as `owner` stores it."""
-        if self.entry.dtype in ggml.KINDS:
-            if isinstance(owner, PackedLinear):
-                self._read_packed(tensor)
-            else:
-                self._read_widened(tensor)
+        if isinstance(owner, PackedLinear) and self.entry.dtype in packed.KINDS:
+            self._read_packed(tensor)
+        elif self.entry.dtype in ggml.KINDS:
+            self._read_widened(tensor)
         elif scale is not None and isinstance(owner, QuantizedLinear):
             self._read_rows(tensor, scale, owner.kind)
+        elif self.entry.dtype in packed.FLOATS or self.entry.scale is not None:
+            self._read_scaled(tensor)
         else:
             self._read_plain(tensor.view(-1))
 
@@ -144,21 +151,26 @@ class _Source:
 
     def _read_rows(self, weight: Tensor, scale: Tensor, kind: str) -> None:
         """A matrix some rows at a time into a quantized `weight` and its `scale`."""
-        (rows, columns), source = self.entry.shape, _DTYPES[self.entry.dtype]
-        step = max(1, QUANTIZED // columns)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            raw = self.staging.view(source)[: count * columns]
-            self._fetch(first * columns * source.itemsize, raw)
-            self._require_finite(raw, raw)
-            parts = quantize_rows(raw.view(count, columns).to(weight.device), kind)
+        for first, rows in self._rows():
+            parts = quantize_rows(rows.to(weight.device), kind)
             for whole, part in zip((weight, scale), parts, strict=True):
-                whole[first : first + count].copy_(part)
+                whole[first : first + len(rows)].copy_(part)
+
+    def _read_scaled(self, tensor: Tensor) -> None:
+        """8-bit floats, or numbers with a scale, in the type of `tensor`."""
+        rows = tensor.view(self._shape)
+        for first, wide in self._rows():
+            part = rows[first : first + len(wide)]
+            part.copy_(wide.to(part.device))
+            self._require_finite(part, wide)
 
     def _read_packed(self, weight: Tensor) -> None:
-        """Rows (out, bytes) as they are in the file."""
-        for first, raw in self._packed_rows(weight.shape[1]):
-            weight[first : first + len(raw)].copy_(raw)
+        """Rows (out, bytes) as they are in the file; of 8-bit floats with their scales."""
+        floats = packed.FLOATS.get(self.entry.dtype)
+        scales = None if floats is None else self._scales().expand(len(weight), 1)
+        for first, raw in self._packed_rows(weight.shape[1] - (0 if scales is None else packed.SCALE)):
+            part = slice(first, first + len(raw))
+            weight[part].copy_(raw if scales is None else packed.pack_floats(raw, scales[part]))
 
     def _read_widened(self, tensor: Tensor) -> None:
         """Rows in fewer bits in the file, in the type of `tensor`."""
@@ -175,9 +187,40 @@ class _Source:
             count = min(step, (self.entry.end - self.entry.start) // width - first)
             raw = self.staging.view(torch.uint8)[: count * width].view(count, width)
             self._fetch(first * width, raw.view(-1))
-            if not ggml.are_finite(raw, self.entry.dtype):
+            if not packed.are_finite(raw, self.entry.dtype):
                 raise self._not_finite()
             yield first, raw
+
+    def _rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Some rows (n, columns) at a time with the number of the first, in the file's type or, of 8-bit floats and
+        those that have scales, the products in float32. They are finite."""
+        (count, columns), source = self._shape, (_DTYPES | packed.FLOATS)[self.entry.dtype]
+        scales = None if self.entry.dtype in _DTYPES and self.entry.scale is None else self._scales().expand(count, 1)
+        step = max(1, QUANTIZED // columns)
+        for first in range(0, count, step):
+            part = slice(first, min(first + step, count))
+            raw = self.staging.view(source)[: (part.stop - first) * columns]
+            self._fetch(first * columns * source.itemsize, raw)
+            wide = raw.view(-1, columns) if scales is None else raw.view(-1, columns).float() * scales[part]
+            self._require_finite(wide, wide)
+            yield first, wide
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Rows and columns, also of what is no matrix: a scale is of the first dimension's."""
+        rows = self.entry.shape[0] if self.entry.shape else 1
+        return rows, math.prod(self.entry.shape) // max(1, rows)
+
+    def _scales(self) -> Tensor:
+        """What rows are multiplied with, (rows, 1) or (1, 1) in float32: 1 where the file says nothing."""
+        entry = self.entry.scale
+        if entry is None:
+            return torch.ones(1, 1)
+        raw = torch.empty(math.prod(entry.shape), dtype=_DTYPES[entry.dtype])
+        self._fetch(entry.start - self.entry.start, raw)
+        if not bool(torch.isfinite(raw).all()):
+            raise self._not_finite()
+        return raw.float().view(-1, 1)
 
     def _fetch(self, begin: int, raw: Tensor) -> None:
         """Fill `raw` with the bytes from `begin` on."""

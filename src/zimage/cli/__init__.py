@@ -19,6 +19,7 @@ from .._version import __version__
 from ..errors import Cancelled, RequestError, ZImageError, ZImageWarning
 from .bench import bench
 from .checkpoints import inspect, variants
+from .convert import convert
 from .generate import generate
 from .options import State
 from .plan import plan
@@ -26,13 +27,17 @@ from .replay import replay
 
 CANCELLED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
-_PARAMETERS = re.compile(r"\b(any_size|keep_steps|variant|dtype|weight_dtype|quantize_activations)=(?:True|'(\w+)')")
+_NAMES = ("any_size", "keep_steps", "variant", "dtype", "weight_dtype", "quantize_activations", "part", "overwrite")
+_PARAMETERS = re.compile(rf"\b({'|'.join(_NAMES)})=(?:True|'(\w+)')")
+_OTHERWISE = {"overwrite": "force"}
+"""Options that are not called as the parameter is."""
 
 app = typer.Typer(name="zimage", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(generate)
 app.command()(replay)
 app.command()(variants)
 app.command()(inspect)
+app.command()(convert)
 app.command()(plan)
 app.command()(bench)
 
@@ -98,7 +103,10 @@ def _message(error: Exception, state: State) -> str:
 def _as_options(text: str) -> str:
     """The text with parameters that Python takes, `any_size=True`, as the options that this command takes for them."""
     return _PARAMETERS.sub(
-        lambda found: "--" + found[1].replace("_", "-") + ("" if found[2] is None else f" {found[2]}"), text
+        lambda found: (
+            f"--{_OTHERWISE.get(found[1], found[1]).replace('_', '-')}{'' if found[2] is None else f' {found[2]}'}"
+        ),
+        text,
     )
 
 

@@ -36,7 +36,9 @@ from .options import (
     Memory,
     QuantizeActivations,
     Quiet,
+    TextEncoder,
     Transformer,
+    Vae,
     WeightDtype,
     check_request,
     choose_model,
@@ -64,7 +66,12 @@ def generate(
     ] = False,
     pick: Annotated[int | None, typer.Option(help="Draw so many of those instead, at random by the seed.")] = None,
     wildcards: Annotated[Path | None, typer.Option(help="Folder of lists: animal.txt is __animal__.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help=MODEL_HELP)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", envvar=MODEL_VARIABLE, help=f"{MODEL_HELP} Or a transformer's file, with --variant."
+        ),
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="base or turbo, where the model does not tell.")] = None,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative", "--negative-prompt", help="What to steer away from (base).")
@@ -91,6 +98,8 @@ def generate(
     weight_dtype: WeightDtype = None,
     quantize_activations: QuantizeActivations = False,
     transformer: Transformer = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
     cache: Annotated[str | None, typer.Option(help="balanced: predict about half of the steps (base).")] = None,
     cfg_normalization: Annotated[str | None, typer.Option(help="true, false, or a cap on the guided norm.")] = None,
@@ -177,6 +186,8 @@ def generate(
         weight_dtype=weight_dtype,
         quantize_activations=quantize_activations or None,
         transformer=transformer,
+        text_encoder=text_encoder,
+        vae=vae,
         revision=revision,
         cache_dir=cache_dir,
     )

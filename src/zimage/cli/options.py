@@ -47,6 +47,8 @@ Transformer = Annotated[
     str | None,
     typer.Option("--transformer", help="Its weights: a GGUF or safetensors file, here or owner/name/file on the hub."),
 ]
+TextEncoder = Annotated[str | None, typer.Option("--text-encoder", help="The same of the text encoder, a Qwen3-4B.")]
+Vae = Annotated[str | None, typer.Option("--vae", help="The same of the VAE.")]
 Image = Annotated[Path | None, typer.Option("--image", help="What the picture starts from.")]
 MaskImage = Annotated[
     Path | None,

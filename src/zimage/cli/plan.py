@@ -19,7 +19,9 @@ from .options import (
     Dtype,
     Json,
     QuantizeActivations,
+    TextEncoder,
     Transformer,
+    Vae,
     WeightDtype,
     check_request,
     is_released,
@@ -38,19 +40,22 @@ def plan(
     image: Annotated[bool, typer.Option("--image", help="Also what encoding an image to start from needs.")] = False,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; a card if memory is given.")] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option("--text-encoder", help="resident, streamed or cpu; chosen if not given.")
+    encoding: Annotated[
+        str | None,
+        typer.Option("--encoding", help="Where the text encoder is: resident, streamed or cpu; chosen if not given."),
     ] = None,
     weight_dtype: WeightDtype = None,
     quantize_activations: QuantizeActivations = False,
     transformer: Transformer = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
     json: Json = False,
 ) -> None:
     """Say what would sit where, and the memory that a picture would need.
 
     For the released models no weights need be there. Exit code 1 if nothing fits.
     """
-    sizes = _sizes(model, transformer)
+    sizes = _sizes(model, transformer=transformer, text_encoder=text_encoder, vae=vae)
     sides = read_size(size or str(sizes.native_side), None, None)
     check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
     work = Work(
@@ -60,7 +65,7 @@ def plan(
         sizes,
         work,
         _budget(memory, host_memory, device),
-        text_encoder=text_encoder,
+        text_encoder=encoding,
         weights=weight_dtype,
         quantize_activations=quantize_activations,
     )
@@ -92,12 +97,12 @@ def _sources(placement: Placement) -> str:
     return str(text or blocks)
 
 
-def _sizes(model: str, transformer: str | None) -> ModelSizes:
-    if is_released(model) and transformer is None:
+def _sizes(model: str, **files: str | None) -> ModelSizes:
+    if is_released(model) and not any(files.values()):
         return RELEASED
     from ..checkpoint.sizes import checkpoint_sizes
 
-    return checkpoint_sizes(model, transformer)
+    return checkpoint_sizes(model, **files)
 
 
 def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:

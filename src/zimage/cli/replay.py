@@ -6,6 +6,7 @@ The file may come from anyone: of a model that it names, nothing is downloaded u
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import AdapterError, Cancelled, CheckpointError, RequestError
+from ..files.recipe import FILE_KEYS
 from ..memory.planner import FULL, WITH_ACTIVATIONS
 from ..memory.sizes import STORED_BYTES
 from ..variants import VARIANTS
@@ -28,6 +30,9 @@ from .options import (
     MaskImage,
     Memory,
     Quiet,
+    TextEncoder,
+    Transformer,
+    Vae,
     read_images,
     read_loras,
 )
@@ -46,6 +51,9 @@ def replay(
     file: Annotated[Path, typer.Argument(help="A PNG with a recipe.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this file too.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Use this model, not the one recorded.")] = None,
+    transformer: Transformer = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
     image: Image = None,
     mask_image: MaskImage = None,
     control_image: ControlImage = None,
@@ -80,7 +88,10 @@ def replay(
     if output is not None:
         plan_targets(output, 1, overwrite=force)
     given = _by_name(loras, recipe)
-    pipe = _load(recipe, model, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only)
+    files = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    pipe = _load(
+        recipe, model, files, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only
+    )
     _load_adapters(pipe, recipe, given, cache_dir=cache_dir, local_files_only=local_files_only)
     _load_controlnet(pipe, recipe, controlnet, cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(asked)
@@ -113,19 +124,24 @@ def replay(
 def _load(
     recipe: Recipe,
     model: str | None,
+    files: Mapping[str, str | None],
     device: str | None,
     *,
     memory: str,
     cache_dir: Path | None,
     local_files_only: bool,
 ) -> ZImagePipeline:
-    """The model that the recipe was made with, or `model`, placed as it was then as far as this machine can."""
+    """The model that the recipe was made with, or `model`, with the files that it has or those that were given, placed
+    as it was then as far as this machine can."""
     source = model or recipe.model["source"]
     if not source:
         raise RequestError("the file does not say which model it was made with; pass --model")
-    if not model and source.startswith(("\\\\", "//")):
-        raise RequestError(f"the file names a model on another machine, {source}; pass --model if that is right")
-    trusted = bool(model) or any(source == variant.hub_id for variant in VARIANTS.values())
+    recorded_files = {one: recipe.model[one] for one in FILE_KEYS if recipe.model[one] and not (model or files[one])}
+    for name in [] if model else [source, *recorded_files.values()]:
+        if name.startswith(("\\\\", "//")):
+            raise RequestError(f"the file names a model on another machine, {name}; pass --model if that is right")
+    released = any(source == variant.hub_id for variant in VARIANTS.values())
+    trusted = bool(model) or (released and not recorded_files)
     recorded = recipe.model["revision"]
     revision = recorded if not model and re.fullmatch(r"[0-9a-f]{40}", recorded) else None
     dtype, weights = recipe.runtime.get("dtype", ""), recipe.runtime.get("weights", "")
@@ -136,7 +152,9 @@ def _load(
     try:
         return ZImagePipeline.from_pretrained(
             source,
-            transformer=None if model else recipe.model["transformer"] or None,
+            transformer=files["transformer"] or recorded_files.get("transformer"),
+            text_encoder=files["text_encoder"] or recorded_files.get("text_encoder"),
+            vae=files["vae"] or recorded_files.get("vae"),
             variant=recipe.request.variant,
             dtype=dtype if dtype in _DTYPES else None,
             device=device or ("cpu" if recipe.runtime.get("device") == "cpu" else None),
@@ -150,7 +168,8 @@ def _load(
     except CheckpointError as error:
         if trusted or local_files_only:
             raise
-        raise CheckpointError(f"{error}; the file names this model: pass --model to download it") from None
+        ask = "".join(f", --{part.replace('_', '-')}" for part in recorded_files)
+        raise CheckpointError(f"{error}; the file names this model: pass --model{ask} to download it") from None
 
 
 def _by_name(loras: list[str] | None, recipe: Recipe) -> dict[str, str]:

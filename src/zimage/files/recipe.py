@@ -27,7 +27,8 @@ FORMAT = 1
 """Version of the JSON; counted up whenever a reader of the previous one would misread it."""
 MAX_CHARACTERS = 2**20
 """Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
-MODEL_KEYS = ("source", "revision", "variant", "fingerprint", "transformer")
+FILE_KEYS = ("transformer", "text_encoder", "vae")
+MODEL_KEYS = ("source", "revision", "variant", "fingerprint", *FILE_KEYS)
 IMAGE_NAMES = ("image", "mask_image", "control_image")
 _IMAGE_KEYS = ("width", "height", "sha256")
 ADAPTER_KEYS = ("source", "digest")
@@ -49,7 +50,7 @@ class Recipe:
         request: the request, resolved. Tensors in it are not kept: their names go to `given`. Of image and mask it
             has size and digest.
         model: `source` (hub id or folder), `revision`, `variant` and `fingerprint` of the weights, and `transformer`,
-            the file that this came from if not from there; "" is unknown.
+            `text_encoder` and `vae`, the file that each came from if not from there; "" is unknown, or there is none.
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
         pixels: `pixel_digest` of the picture.
         given: names of tensors that the request had in place of texts or noise.
@@ -74,7 +75,7 @@ class Recipe:
         known: dict[str, Any] = {name: one and replace(one, pixels=None) for name, one in _images(self.request).items()}
         for name, value in {
             "request": replace(self.request, tensors={}, **known),
-            "model": {"transformer": "", **_texts("model", self.model)},
+            "model": {**dict.fromkeys(FILE_KEYS, ""), **_texts("model", self.model)},
             "runtime": _texts("runtime", self.runtime),
             "given": given,
             "adapters": _adapters(self.adapters, self.request),
@@ -122,7 +123,8 @@ class Recipe:
         """The recipe as one line of JSON, which `from_json` reads back to an equal recipe."""
         values = {name: _plain(getattr(self.request, name)) for name in _request_types()}
         request = {name: value for name, value in values.items() if _LATER.get(name, MISSING) != value}
-        contents = (FORMAT, request, self.given, self.model, self.runtime, self.pixels)
+        model = {name: text for name, text in self.model.items() if text or name not in _LATER_FILES}
+        contents = (FORMAT, request, self.given, model, self.runtime, self.pixels)
         document = dict(zip(_PARTS, contents, strict=True))
         document |= {name: getattr(self, name) for name in _FILES if getattr(self, name)}
         if self.turbo is not None:
@@ -176,7 +178,7 @@ def differences(recipe: Recipe, other_model: Mapping[str, str], other_runtime: M
     same_weights = bool(fingerprint) and fingerprint == other_model.get("fingerprint")
     for key in MODEL_KEYS:
         was, now = recipe.model[key], other_model.get(key, "")
-        if was and now and was != now and not (same_weights and key in ("source", "revision", "transformer")):
+        if was and now and was != now and not (same_weights and key in ("source", "revision", *FILE_KEYS)):
             sentences.append(f"model {key} was {_printable(was)}, here it is {_printable(now)}")
     for key, was in recipe.runtime.items():
         now = other_runtime.get(key, "")
@@ -215,6 +217,8 @@ _LATER = {
     if field.default is not MISSING and field.name in _request_types()
 }
 """Options that recipes did not always have, with what stands for their absence; a recipe names them where they act."""
+_LATER_FILES = ("text_encoder", "vae")
+"""The same of files."""
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),

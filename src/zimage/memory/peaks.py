@@ -49,12 +49,13 @@ def predict(sizes: ModelSizes, work: Work, budget: Budget, placement: Placement)
 def stage_needs(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str, int]:
     """Bytes of the device that each stage needs beside the weights."""
     text_weight, block_weight = widened_weight(sizes, work)
-    text = text_activations(sizes, work) + (text_weight if placement.weights else 0)
+    is_packed = bool(sizes.packed_blocks or sizes.packed_context)
+    text = text_activations(sizes, work) + (text_weight if placement.weights or sizes.packed_text else 0)
     image = {"image": encode_activations(sizes, work, placement.strip_levels)} if work.from_image else {}
     return {
         "prompt": 0 if placement.text_encoder == "cpu" else text,
         **image,
-        "denoising": denoise_activations(sizes, work) + (block_weight if placement.weights or sizes.packed else 0),
+        "denoising": denoise_activations(sizes, work) + (block_weight if placement.weights or is_packed else 0),
         "decoding": decode_activations(sizes, work, placement.strip_levels),
     }
 
@@ -75,7 +76,7 @@ def layers_of(sizes: ModelSizes, work: Work, placement: Placement) -> Layers:
         return [count * stored + more for count, more in zip_longest(counts, packed, fillvalue=0)]
 
     return Layers(
-        of(sizes.text_layers, ()),
+        of(sizes.text_layers, sizes.packed_text),
         of(sizes.blocks, sizes.packed_blocks),
         of(sizes.context_blocks, sizes.packed_context),
     )

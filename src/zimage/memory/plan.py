@@ -178,7 +178,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.work.width}x{self.work.height}, {self.work.dtype}: {self.placement}"]
         lines += (
-            [f"  transformer as its file has it: {gib(self.sizes.packed)} in fewer bits"] if self.sizes.packed else []
+            [f"  layers as their files have them: {gib(self.sizes.packed)} in fewer bits"] if self.sizes.packed else []
         )
         lines += [f"  {stage.name}: {gib(stage.device)} on the device, {gib(stage.host)} on the host"
                   for stage in self.stages]  # fmt: skip

@@ -24,6 +24,8 @@ GGML_BLOCKS = {
     "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 """Numbers and bytes of a block of each kind that GGUF files store weights as, by ggml's names."""
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""Kinds of 8-bit floats that safetensors files store weights as, by their names."""
 
 TOKEN_MULTIPLE = 32
 TOKEN_SIDE = 16
@@ -43,8 +45,8 @@ class ModelSizes:
     they run: `blocks` are the noise refiners and the main layers without their modulations, which are needed for all
     steps at once and count among `transformer_rest`; `context_blocks` run once per prompt.
 
-    What a file has in fewer bits and keeps so is not among them: `packed_blocks` and `packed_context` are its bytes in
-    each block, empty where there is nothing of it.
+    What a file has in fewer bits and keeps so is not among them: `packed_text`, `packed_blocks` and `packed_context`
+    are its bytes in each of them, empty where there is nothing of it.
     """
 
     text_layers: tuple[int, ...]
@@ -65,6 +67,7 @@ class ModelSizes:
     """Pixels per side of the pictures that it was trained on."""
     packed_blocks: tuple[int, ...] = ()
     packed_context: tuple[int, ...] = ()
+    packed_text: tuple[int, ...] = ()
     in_bfloat16: bool = False
     """Whether the files have all matrices of the layers in bfloat16 or fewer bits, so that nothing is lost by it."""
     adapters: int = 0
@@ -74,8 +77,8 @@ class ModelSizes:
 
     @property
     def packed(self) -> int:
-        """Bytes of the transformer that a file has in fewer bits."""
-        return sum(self.packed_blocks) + sum(self.packed_context)
+        """Bytes of text encoder and transformer that files have in fewer bits."""
+        return sum(self.packed_text) + sum(self.packed_blocks) + sum(self.packed_context)
 
     @property
     def text_encoder(self) -> int:

@@ -48,6 +48,22 @@ def widen(packed: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     return rows
 
 
+def pack_q8_0(rows: Tensor) -> Tensor:
+    """Rows (n, columns) in float32 as rows (n, bytes) of Q8_0, rounded as ggml does: halves away from zero."""
+    numbers, count = GGML_BLOCKS["Q8_0"]
+    blocks = rows.reshape(-1, numbers)
+    packed = blocks.new_empty((len(blocks), count), dtype=torch.uint8)
+    for part, stored in zip(blocks.split(PIECE // numbers), packed.split(PIECE // numbers), strict=True):
+        scales = part.abs().amax(dim=1, keepdim=True) / 127.0
+        scaled = part * torch.where(scales > 0, 1.0 / scales, 0.0)
+        size = scaled.abs()
+        whole = size.floor()
+        whole.add_(size.sub_(whole).mul_(2.0).floor_()).copysign_(scaled)
+        stored[:, :2] = scales.to(torch.float16).view(torch.uint8)
+        stored[:, 2:] = whole.to(torch.int8).view(torch.uint8)
+    return packed.view(len(rows), -1)
+
+
 def are_finite(packed: Tensor, kind: str) -> bool:
     """Whether all scales in rows (n, bytes) are, and so all numbers."""
     blocks = packed.reshape(-1, GGML_BLOCKS[kind][1])

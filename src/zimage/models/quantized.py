@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.switch import run, wanted
 from ..memory.sizes import NF4_BLOCK
-from . import ggml
+from . import packed
 from .rowwise import MOST, NARROW, Rows, has_product, multiplied, rounded
 
 NF4_LEVELS = (
@@ -71,16 +71,16 @@ class StoredLinear(nn.Module):
 
 
 class PackedLinear(StoredLinear):
-    """Weights as a GGUF file has them, of one of ggml's kinds: `weight` (out, bytes) in uint8, scales among them."""
+    """Weights as a file has them, of one of `packed.KINDS`: `weight` (out, bytes) in uint8, scales among them."""
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         """In the place of `linear`, without values, on the meta device."""
         super().__init__(linear, kind)
-        self.weight = _empty((self.out_features, ggml.packed_bytes(kind, self.in_features)), torch.uint8)
+        self.weight = _empty((self.out_features, packed.row_bytes(kind, self.in_features)), torch.uint8)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) in `dtype`."""
-        return ggml.widen(self.weight, self.kind, dtype)
+        return packed.widen(self.weight, self.kind, dtype)
 
 
 class NarrowLinear(StoredLinear):
@@ -108,8 +108,8 @@ class QuantizedLinear(StoredLinear):
         super().__init__(linear, kind)
         self.rows = rows
         count, columns = linear.weight.shape
-        packed, groups = (columns // 2, columns // NF4_BLOCK) if kind == "nf4" else (columns, 1)
-        self.weight = _empty((count, packed), STORED[kind])
+        halved, groups = (columns // 2, columns // NF4_BLOCK) if kind == "nf4" else (columns, 1)
+        self.weight = _empty((count, halved), STORED[kind])
         self.scale = _empty((count, groups), torch.float32)
 
     def forward(self, hidden: Rows) -> Tensor:
@@ -157,8 +157,15 @@ def pack(module: nn.Module, kinds: Mapping[str, str], *blocks: str) -> None:
     """Replace those linear layers in the lists of blocks named `blocks` whose `weight` a file has as one of `kinds`."""
     for path, layer in _plain_layers(module, blocks):
         kind = kinds.get(f"{path}.weight")
-        if kind in ggml.KINDS:
+        if kind in packed.KINDS:
             _replace(module, path, PackedLinear(layer, kind))
+
+
+def packed_as(*modules: nn.Module) -> str | None:
+    """What layers of `modules` are that stay as their file has them: "gguf", "fp8" or "gguf+fp8"."""
+    kinds = {one.kind for module in modules for one in module.modules() if isinstance(one, PackedLinear)}
+    names = {"gguf": kinds - packed.FLOATS.keys(), "fp8": kinds & packed.FLOATS.keys()}
+    return "+".join(name for name, found in names.items() if found) or None
 
 
 Module = TypeVar("Module", bound=nn.Module)
