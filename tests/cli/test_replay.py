@@ -200,6 +200,7 @@ def test_a_file_cannot_make_anyone_download_a_model(
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     released = {"source": "Tongyi-MAI/Z-Image-Turbo", "vae": "someone/model/file.safetensors"}
     for named, said in ((released, b"pass --model, --vae to"), ({"source": "someone/model"}, b"pass --model to")):
+        (tmp_path / "a.png").unlink(missing_ok=True)
         save_png(drawn, tmp_path / "a.png", replace(recipe, model={**recipe.model, **named}))
         with process("replay", "a.png", env=environment) as started:
             _, err = started.communicate()
