@@ -318,6 +318,23 @@ def test_prompts_that_are_not_recorded(turbo_folder: Path) -> None:
     assert recording == Recording(records=2, replays=2)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="prompts are recorded of kernels")
+def test_prompts_that_cannot_be_recorded_are_tried_once(turbo_folder: Path) -> None:
+    tries: list[int] = []
+
+    def refuse(compute: Callable[[], Tensor]) -> Any:
+        tries.append(len(tries))
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    pipe = load(turbo_folder)
+    expected = captions(pipe, "a fox")[0]
+    pipe.text_encoder.use_graphs(refuse, "cpu")
+    with pytest.warns(ZImageWarning, match="Qwen3Model cannot be recorded in CUDA graphs here"):
+        made = captions(pipe, "a fox", "an owl", "a fox " * 30)
+    assert tries == [0]
+    assert torch.equal(made[0], expected)
+
+
 def test_a_cpu_has_none(turbo: ZImagePipeline) -> None:
     with pytest.raises(RequestError, match="CUDA graphs need a CUDA device, this pipeline is on cpu; leave them out"):
         turbo.compile(cuda_graphs=True)
