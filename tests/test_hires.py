@@ -19,6 +19,7 @@ from zimage.models.autoencoder import to_image
 from zimage.request import ResolvedRequest
 from zimage.rules import Limits
 from zimage.starting import enlarged
+from zimage.testing import build_controlnet
 from zimage.variants import BASE, TURBO
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "any_size": True, "seed": 3, "num_inference_steps": 4}
@@ -153,6 +154,21 @@ def test_from_an_image(turbo: ZImagePipeline) -> None:
     with torch.no_grad():
         pixels = enlarged(turbo.autoencoder.decode(first), 128, 192).clamp(0, 1)
     assert torch.equal(whole, latents(turbo, image=pixels[0], strength=0.25, height=128, width=192))
+
+
+def test_a_control_image_steers_both_passes(turbo_folder: Path, tmp_path: Path) -> None:
+    """In the second it is scaled to the larger size."""
+    net = build_controlnet(tmp_path / "net")
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu", controlnet=net)
+    edges = torch.rand((3, 64, 96), generator=torch.Generator().manual_seed(0))
+    steered: dict[str, Any] = {"control_image": edges, "controlnet_conditioning_scale": 1.0}
+    whole = latents(pipe, hires=Hires(2, 0.5), **steered)
+    first = latents(pipe, **steered)
+    with torch.no_grad():
+        pixels = enlarged(pipe.autoencoder.decode(first), 128, 192).clamp(0, 1)
+    options: dict[str, Any] = {"image": pixels[0], "strength": 0.5, "height": 128, "width": 192}
+    assert torch.equal(whole, latents(pipe, **options, **steered))
+    assert not torch.equal(whole, latents(pipe, **options))
 
 
 def test_a_picture_is_made_again_from_its_file(turbo: ZImagePipeline, tmp_path: Path) -> None:
