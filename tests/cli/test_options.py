@@ -34,7 +34,10 @@ from .conftest import cached
 
 NOT_ON_A_COMMAND_LINE = {"sigmas", "latents", "prompt_embeds", "negative_prompt_embeds"}
 TEMPLATES = {"prompts", "expand", "pick", "wildcards"}
-OF_THE_COMMAND = TEMPLATES | {"model", "size", "num_images_per_prompt", "output", "no_recipe", "force", "json", "quiet"}
+HIRES = {"hires_strength", "hires_upscale"}
+"""Which say how `hires` is meant, one value in Python."""
+OF_THE_COMMAND = TEMPLATES | HIRES | {"model", "size", "num_images_per_prompt", "output"}
+OF_THE_COMMAND |= {"no_recipe", "force", "json", "quiet"}
 
 
 def test_options_are_the_requests_fields_and_the_loaders_arguments() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import SiLU
 
+from ..kernels.switch import used
 from .layers import activate, is_bare
 from .pictures import add, convolved, upsample
 from .precision import finite
@@ -55,8 +56,10 @@ class Autoencoder:
         resolutions are computed in strips. Raises `NonFiniteError` if it is not finite in float32 either.
         """
         config = self.vae.config
-        # On a CPU torch's group norm loses what is flat in this layout: of edges on black a thousandth of the latents.
-        layout = torch.contiguous_format if pixels.device.type == "cpu" else torch.channels_last
+        # On a CPU torch's own group norm loses what is flat beside channels that lie last: of edges on black a
+        # thousandth of the latents.
+        plain = pixels.device.type == "cpu" and not used(pixels.device)
+        layout = torch.contiguous_format if plain else torch.channels_last
         wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=layout)
         moments = finite(lambda: self._moments(wide, strip_levels), "the image encoder")
         posterior = DiagonalGaussianDistribution(moments.float())
