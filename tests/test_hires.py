@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage import GenerationRequest, Hires, RequestError, ZImagePipeline
+from zimage import GenerationRequest, Hires, RequestError, ZImagePipeline, starting
 from zimage.hires import STRENGTHS, demands, passes, resolve_hires
 from zimage.models.autoencoder import to_image
 from zimage.request import ResolvedRequest
@@ -241,6 +241,44 @@ def test_a_picture_that_does_not_fit_is_refused_by_its_final_size(turbo_folder: 
     options: dict[str, Any] = {"any_size": True, "height": 2048, "width": 2048, "num_inference_steps": 4}
     with pytest.raises(NotEnoughMemory, match="8192x8192"):
         pipe("a fox", hires=4, progress=False, **options)
+
+
+@pytest.mark.parametrize("upscale", ["pixels", "latents"])
+def test_memory_that_runs_out_between_the_passes_is_done_without(
+    turbo_folder: Path, monkeypatch: pytest.MonkeyPatch, upscale: str
+) -> None:
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    expected = latents(pipe, hires=Hires(2, 0.5, upscale))
+    full, begin = ["now", "and with what is free"], starting.from_larger
+
+    def fails_twice(*given: Any) -> Any:
+        if full:
+            full.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(*given)
+
+    monkeypatch.setattr(starting, "from_larger", fails_twice)
+    output = pipe("a fox", progress=False, output_type="latent", hires=Hires(2, 0.5, upscale), **SMALL)
+    assert not full
+    assert len(output.stepped_down) == 1  # type: ignore[union-attr]
+    assert "192x128" in output.stepped_down[0]  # type: ignore[union-attr]
+    torch.testing.assert_close(output.images, expected, rtol=0, atol=1e-3)  # type: ignore[union-attr]
+
+
+def test_only_pictures_of_one_final_size_are_stacked(turbo: ZImagePipeline) -> None:
+    small, large = (GenerationRequest("a fox", **{**SMALL, "hires": hires}) for hires in (None, 2))
+    with pytest.raises(RequestError, match="needs images of one size"):
+        turbo([small, large], output_type="pt", progress=False)
+    whole = replace(small, height=128, width=192)
+    assert turbo([large, whole], output_type="latent", progress=False).images.shape == (2, 16, 16, 24)  # type: ignore[union-attr]
+
+
+def test_pictures_of_one_generator_have_noise_of_their_own(turbo: ZImagePipeline) -> None:
+    options: dict[str, Any] = {**SMALL, "seed": None, "num_images_per_prompt": 2}
+    made = turbo("a fox", progress=False, hires=2, generator=torch.Generator().manual_seed(3), **options)
+    first, second = made.requests  # type: ignore[union-attr]
+    assert first.seed == 3
+    assert second.seed not in (0, 3)
 
 
 def test_enlarging_keeps_what_is_flat() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zimage import GenerationRequest, RelayRequest, RequestError
+from zimage.editing import SourceImage
 from zimage.variants import BASE, TURBO
 
 
@@ -66,3 +67,14 @@ def test_both_are_asked_for_one_picture() -> None:
 def test_a_part_without_steps_is_refused(handover: float, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         _ = make(handover).levels
+
+
+def test_turbo_is_not_steered() -> None:
+    """What it would be asked for could not act."""
+    options = {"any_size": True, "height": 64, "width": 64, "seed": 1}
+    base = GenerationRequest("a fox", **options).resolve(BASE)  # type: ignore[arg-type]
+    turbo = GenerationRequest("a fox", **options).resolve(TURBO)  # type: ignore[arg-type]
+    steered = replace(turbo, control_image=SourceImage(64, 64, "a" * 64), controlnet_conditioning_scale=1.0)
+    with pytest.raises(RequestError, match="a ControlNet steers the base model's part"):
+        RelayRequest(base, steered, 0.75)
+    assert RelayRequest(base, turbo, 0.75).handover == 0.75

@@ -87,7 +87,7 @@ def resolve_call(
         if name in options:
             raise RequestError(f"{name} and generator are both given; only one can start the picture, drop one")
     resolved = [resolve(one) for one in requests]
-    if resolved[0].image is not None:
+    if resolved[0].image is not None or resolved[0].hires is not None:  # which draw more than once
         seeds = generator_seeds(generator, len(resolved))
         return [with_noise(one, seed=seed) for one, seed in zip(resolved, seeds, strict=True)]
     noise = generator_noise(generator, (len(resolved), *latent_shape(resolved[0])))

@@ -55,6 +55,8 @@ class RelayRequest:
             raise RequestError(
                 "a relay starts from noise and image is given; pass it to relay.base or relay.turbo, or leave it out"
             )
+        if self.turbo.control_image is not None:
+            raise RequestError("in a relay a ControlNet steers the base model's part; ask base for the control image")
         if self.base.hires is not None or self.turbo.hires is not None:
             raise RequestError(
                 "a relay makes no second pass and hires is given; make the picture without, and enlarge it with image="

@@ -22,6 +22,7 @@ from .calls import Call, CancelToken, progress_bar, texts_of, tokens_of, warn_if
 from .calls import result_of as latents_of
 from .denoiser import Preparation
 from .errors import RequestError
+from .hires import demands
 from .memory.ladder import is_out_of_memory
 from .models.text_encoder import Tokens
 from .output import Drawn
@@ -208,7 +209,8 @@ class Drawing:
     def _part(self, stage: str, request: ResolvedRequest, reason: str = "") -> None:
         """From now on nothing is computed beside steps. It is the first rung, and only this generator's."""
         if self._may_overlap:
-            size = f"{request.width}x{request.height}"
+            height, width, *_ = demands(request)
+            size = f"{width}x{height}"
             self._notes.append(
                 f"{stage} ran out of memory beside another picture at {size}{reason}; since then: one after the other"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import RequestError
 from .files.png import Picture
+from .hires import demands
 from .request import ResolvedRequest
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def check_output_type(output_type: str) -> str:
 
 def check_stackable(requests: Sequence[ResolvedRequest], output_type: str) -> None:
     """Raises `RequestError` where images of several sizes should become one array."""
-    if output_type != "pil" and len({(request.height, request.width) for request in requests}) > 1:
+    if output_type != "pil" and len({demands(request)[:2] for request in requests}) > 1:
         raise RequestError(f"output_type={output_type!r} needs images of one size; use 'pil', or a call for each size")
 
 

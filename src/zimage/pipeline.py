@@ -33,7 +33,7 @@ from .calls import (
 )
 from .canvas import has_mask, lay_out, lay_out_control
 from .denoiser import Conditioning, Preparation, denoising_steps
-from .hires import Hires, passes
+from .hires import Hires, demands, passes
 from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Step, ZImageOutput, check_output_type, check_stackable, collect
@@ -195,7 +195,7 @@ class ZImagePipeline(Recorded):
         for one in passes(request):
             with self._computing():
                 larger = None if latents is None else self._enlarge(request, latents, call)
-                begun = self._start(one, call, larger)
+                begun = self._start(one, call, larger, one if larger is None else request)
             latents, conditioning = yield from self._take_steps(one, call, conditioning, begun, taken)
             taken += one.steps
         call.check_cancelled()
@@ -248,14 +248,14 @@ class ZImagePipeline(Recorded):
             features.append(given.to(self.device))
         return Conditioning(*features)
 
-    def _start(self, request: ResolvedRequest, call: Call, larger: Tensor | None) -> Start:
+    def _start(self, request: ResolvedRequest, call: Call, larger: Tensor | None, planned: ResolvedRequest) -> Start:
+        """The start of one pass, with the memory that the plan has for the picture `planned`."""
         if call.leg is not None and call.leg.latents is not None:
             return Start(call.leg.latents)
-        encodes = request.image is not None or request.control_image is not None or larger is not None
         shape, net = self._latent_shape(request), self._controlnet_for(request)
         make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net, larger=larger)
-        attempt = self._attempt("image" if encodes else "prompt", request, call.let_go)
-        return attempt(lambda: make(strip_levels=self._strip_levels(request)))
+        attempt = self._attempt("image" if demands(planned)[3] else "prompt", planned, call.let_go)
+        return attempt(lambda: make(strip_levels=self._strip_levels(planned)))
 
     def _enlarge(self, request: ResolvedRequest, latents: Tensor, call: Call) -> Tensor:
         """What the first pass left as the second begins with it: latents or pixels of the larger size."""

@@ -252,7 +252,8 @@ class Placed:
             replace(plan, placement=lowered.placement, budget=lowered.budget),
             plan.work.height, plan.work.width, plan.work.tokens,
         )  # fmt: skip
-        sentence = f"{stage} ran out of memory at {request.width}x{request.height} ({reason}); since then: "
+        height, width, *_ = demands(request)
+        sentence = f"{stage} ran out of memory at {width}x{height} ({reason}); since then: "
         self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)
         # What ran out may not be what needs most: by the budget alone there would be no more strips than before.
         if self._fitted(kept, request).placement.strip_levels < lowered.placement.strip_levels:

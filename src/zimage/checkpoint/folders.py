@@ -41,11 +41,13 @@ def whole_or_nothing(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     refuses.
     """
     check_free(target, overwrite=overwrite)
-    partial = _beside(target, "partial")
+    place = Path(os.path.abspath(target))  # "." is no name to rename
+    partial = _beside(place, "partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-        _take_place(partial, target)
+        check_free(target, overwrite=overwrite)  # again, for it took its time
+        _take_place(partial, place, overwrite)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
@@ -78,9 +80,12 @@ def sync(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _take_place(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; what was there is deleted after that, and put back if it fails."""
-    if not target.exists():
+def _take_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename `partial` to `target`, which is not there or is empty; with `overwrite` what was there is deleted after
+    that, and put back if it fails."""
+    if not overwrite or not target.exists():
+        if target.exists():
+            target.rmdir()
         partial.rename(target)
         return
     before = _beside(target, "before")
@@ -94,4 +99,4 @@ def _take_place(partial: Path, target: Path) -> None:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    return target.absolute().with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{kind}")
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{kind}")

@@ -211,6 +211,8 @@ def _load_controlnet(
     pipe: ZImagePipeline, recipe: Recipe, given: str | None, *, cache_dir: Path | None, local_files_only: bool
 ) -> None:
     """The ControlNet of the recipe; where it is not given it must be on this machine."""
+    if given is not None and not recipe.controlnet:
+        raise RequestError("the picture was made without a ControlNet; leave --controlnet out")
     source = given or recipe.controlnet.get("source")
     if source is None:
         return

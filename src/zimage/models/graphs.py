@@ -40,6 +40,9 @@ Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Of a computation on tensors that stay where they are: what does it once more, and where its result then is."""
 
 
+_capturing = threading.Lock()
+
+
 class CUDARecorder:
     """Records in CUDA graphs, which share their memory: each result is copied before another is replayed."""
 
@@ -55,8 +58,8 @@ class CUDARecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may allocate meanwhile, and not capture: torch has one stream for that.
+        with _capturing, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = compute()
         return graph.replay, result
 

@@ -1,0 +1,56 @@
+"""Folders that appear whole or not at all: what came there meanwhile stays, and the current one may be the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zimage import RequestError
+from zimage.checkpoint.folders import whole_or_nothing
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_empty_or_missing_folder_is_taken(tmp_path: Path, is_there: bool) -> None:
+    target = tmp_path / "model"
+    if is_there:
+        target.mkdir()
+    with whole_or_nothing(target) as partial:
+        (partial / "weights").write_text("new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "weights"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_there_meanwhile_stays(tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "model"
+
+    def write() -> None:
+        with whole_or_nothing(target, overwrite=overwrite) as partial:
+            (partial / "weights").write_text("new")
+            target.mkdir()
+            (target / "precious").write_text("old")
+
+    with pytest.raises(RequestError, match="model exists and is"):
+        write()
+    assert {file.name for file in tmp_path.rglob("*")} == {"model", "precious"}
+
+
+def test_a_checkpoint_is_replaced_only_when_that_is_meant(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "model_index.json").write_text("{}")
+    with pytest.raises(RequestError, match="is not an empty folder"), whole_or_nothing(target):
+        pytest.fail("it began")
+    with whole_or_nothing(target, overwrite=True) as partial:
+        (partial / "weights").write_text("new")
+    assert {file.name for file in tmp_path.rglob("*")} == {"model", "weights"}
+
+
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "here"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    with whole_or_nothing(Path()) as partial:
+        (partial / "weights").write_text("new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["here", "weights"]
+    monkeypatch.chdir(tmp_path)
