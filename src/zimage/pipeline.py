@@ -2,8 +2,8 @@
 
 The way of a picture is `_denoise` (encode, denoise) and `_finish` (decode, recipe); `__call__`, `stream`, `replay` and
 `generate_many` are ways to walk it. Rules about options are in `rules.py`, mathematics in `sampling`, weights in
-`models`, files in `checkpoint` and `files`. A call writes nothing on the object, so threads may share one: they take
-turns.
+`models`, files in `checkpoint` and `files`, recipes and `replay` in `recorded.py`. A call writes nothing on the object,
+so threads may share one: they take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters.attaching import Picked
 from .callbacks import StepCallback, StepHook
 from .calls import (
     PICTURE_OPTIONS,
@@ -189,6 +190,7 @@ class ZImagePipeline(Recorded):
     def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time, of each pass; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
+        adapters = self._attachments.pick(request.adapters)  # once, so that an unknown one is refused first
         with self._computing():
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
         taken, latents = 0, None
@@ -196,19 +198,24 @@ class ZImagePipeline(Recorded):
             with self._computing():
                 larger = None if latents is None else self._enlarge(request, latents, call)
                 begun = self._start(one, call, larger, one if larger is None else request)
-            latents, conditioning = yield from self._take_steps(one, call, conditioning, begun, taken)
+            latents, conditioning = yield from self._take_steps(one, call, conditioning, begun, adapters, taken)
             taken += one.steps
         call.check_cancelled()
         assert latents is not None
         return latents
 
     def _take_steps(
-        self, request: ResolvedRequest, call: Call, conditioning: Conditioning, begun: Start, taken: int
+        self,
+        request: ResolvedRequest,
+        call: Call,
+        conditioning: Conditioning,
+        begun: Start,
+        adapters: Picked,
+        taken: int,
     ) -> Generator[SamplerStep, None, tuple[Tensor, Conditioning]]:
         """The steps of one pass, counted on from those `taken` before; returns its latents and the conditioning, which
         a callback may have changed."""
-        adapters, latents = self._attachments.pick(request.adapters), begun.latents
-        attempt = self._attempt("denoising", request, call.let_go)
+        attempt, latents = self._attempt("denoising", request, call.let_go), begun.latents
         levels = None if call.leg is None else call.leg.levels
         start = partial(
             denoising_steps,
