@@ -3,7 +3,7 @@ counted in the plan, and made again from their recipe, the control image and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
 from PIL import Image
 from torch import Tensor
 
-from zimage import AdapterError, GenerationRequest, NotEnoughMemory, RequestError, ZImagePipeline, ZImageWarning
+from zimage import (
+    AdapterError,
+    GenerationRequest,
+    Hires,
+    NotEnoughMemory,
+    RequestError,
+    ZImagePipeline,
+    ZImageWarning,
+)
 from zimage.files.recipe import Recipe, pixel_digest
 from zimage.memory.plan import Budget
 from zimage.memory.planner import make_plan
@@ -195,6 +203,48 @@ def test_a_picture_is_made_again_from_its_recipe(
     with pytest.raises(AdapterError, match=r"made with the ControlNet .* another is loaded here"):
         pipe.replay(recipe, control_image=CONTROL)
     assert draw(steered, output_type="pil")[0].recipe.controlnet == {}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("other", [None, "1.0"])
+@pytest.mark.parametrize("more", [{}, {"hires": Hires(2, 0.5)}])
+def test_a_picture_keeps_the_controlnet_that_it_began_with(
+    turbo_folder: Path, nets: dict[str, Path], steered: ZImagePipeline, other: str | None, more: dict[str, Any]
+) -> None:
+    """Whether it is let go of or another comes, in each pass and in the recipe."""
+    request = GenerationRequest("a fox", seed=5, control_image=CONTROL, num_inference_steps=2, any_size=True, **more)
+    expected = [*steered.stream(request)][-1].image
+    pipe = load(turbo_folder, controlnet=nets["2.1"])
+    stream = pipe.stream(request)
+    next(stream)
+    pipe.unload_controlnet()
+    if other is not None:
+        pipe.load_controlnet(nets[other])
+    made = [*stream][-1].image
+    assert made is not None
+    assert expected is not None
+    assert made.recipe == expected.recipe
+    assert made.recipe is not None
+    assert made.recipe.controlnet["source"].endswith("2.1")
+
+
+def test_many_pictures_each_have_the_controlnet_that_they_began_with(
+    turbo_folder: Path, nets: dict[str, Path], steered: ZImagePipeline
+) -> None:
+    """What gives the requests is asked for the next one before the last step."""
+    asked = GenerationRequest("a fox", seed=5, control_image=CONTROL, num_inference_steps=2, any_size=True)
+    pipe = load(turbo_folder, controlnet=nets["2.1"])
+
+    def requests() -> Iterator[GenerationRequest]:
+        yield asked
+        pipe.unload_controlnet()
+        pipe.load_controlnet(nets["1.0"])
+        yield asked
+
+    made = [drawn.image.recipe for drawn in pipe.generate_many(requests(), progress=False)]
+    now = [one(asked, progress=False).images[0].recipe for one in (steered, pipe)]  # type: ignore[union-attr]
+    assert made == now
+    assert made[0] is not None
+    assert made[0].controlnet != now[1].controlnet
 
 
 def test_predicted_steps_and_samplers(base_folder: Path, nets: dict[str, Path], count_forwards: CountForwards) -> None:

@@ -78,6 +78,12 @@ def picture(relay: Relay, prompt: Any = "a fox", **options: Any) -> Any:
     return relay(prompt, progress=False, **{"handover": 0.8, **OPTIONS, **options})[0][0]
 
 
+def lora(file: Path) -> Path:
+    name = "layers.0.attention.to_q.lora"
+    save_file({f"{name}_A.weight": torch.ones(2, 64), f"{name}_B.weight": torch.ones(64, 2)}, file)
+    return file
+
+
 def by_hand(pipes: tuple[ZImagePipeline, ZImagePipeline], guidance: float = 4.0, negative: str = "") -> Tensor:
     """Euler's steps along both models' noise levels, with the transformers' own `forward`, diffusers'."""
     base, turbo = pipes
@@ -330,10 +336,8 @@ def test_a_resolved_request_leaves_nothing_to_say(relay: Relay) -> None:
 
 def test_each_models_adapters_act_in_its_part(folders: tuple[Path, Path], tmp_path: Path) -> None:
     relay = load(folders)
-    weights = {"layers.0.attention.to_q.lora_A.weight": torch.ones(2, 64), "layers.0.attention.to_q.lora_B.weight": torch.ones(64, 2)}  # fmt: skip  # noqa: E501
-    save_file(weights, tmp_path / "ink.safetensors")
     plain, base = picture(relay), relay.base("a fox", progress=False, **OPTIONS)
-    relay.turbo.load_adapter(tmp_path / "ink.safetensors")
+    relay.turbo.load_adapter(lora(tmp_path / "ink.safetensors"))
     inked = picture(relay)
     assert inked.tobytes() != plain.tobytes()
     assert relay.base("a fox", progress=False, **OPTIONS)[0][0].tobytes() == base[0][0].tobytes()
@@ -424,3 +428,32 @@ def test_a_control_image_steers_the_base_models_part(folders: tuple[Path, Path],
     assert made.replay(tmp_path / "fox.png", control_image=edges).same_bits
     with pytest.raises(RequestError, match="pass control_image"):
         made.replay(tmp_path / "fox.png")
+
+
+def test_a_picture_keeps_in_its_recipe_what_acted_in_the_part_that_is_done(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    made = load(folders)
+    made.base.load_controlnet(build_controlnet(tmp_path / "net"))
+    made.base.load_adapter(lora(tmp_path / "ink.safetensors"), strength=0.5)
+    edges = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
+    request = made.resolve(GenerationRequest("a fox", **OPTIONS, control_image=edges), handover=0.8)
+    expected = made(request, progress=False)[0][0].recipe
+    stream = made.stream(request)
+    while next(stream).request.variant == "base":
+        pass
+    made.base.unload_controlnet()
+    made.base.load_controlnet(build_controlnet(tmp_path / "other", version="1.0"))
+    made.base.delete_adapters("ink")
+    image = [*stream][-1].image
+    assert image is not None
+    assert image.recipe == expected
+    assert expected.controlnet["source"].endswith("net")
+    assert set(expected.adapters) == {"ink"}
+    made.turbo.load_adapter(tmp_path / "ink.safetensors")
+    made.base.load_adapter(tmp_path / "ink.safetensors")
+    stream = made.stream(made.resolve(GenerationRequest("a fox", **OPTIONS), handover=0.8))
+    next(stream)
+    made.turbo.delete_adapters("ink")
+    with pytest.raises(AdapterError, match="the adapter 'ink' was deleted while a picture was made with it"):
+        list(stream)

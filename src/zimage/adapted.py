@@ -217,11 +217,6 @@ class Adapted(Placed):
             name: value * scale for name, value in resolve_adapters(self.adapters if adapters is None else adapters)
         }
 
-    def _described_adapters(self, request: ResolvedRequest) -> dict[str, dict[str, str]]:
-        """The adapters of a picture as its recipe names them."""
-        picked = self._attachments.pick(request.adapters)
-        return {one.name: {"source": one.adapter.source, "digest": one.adapter.digest} for one, _ in picked}
-
     def _require_adapters(self, recipe: Recipe) -> None:
         """Raises `AdapterError` where a recipe's adapters are not loaded, or are others."""
         for name, said in recipe.adapters.items():

@@ -7,13 +7,13 @@ files are `adapters`' business, what it computes `models.control`'s, and where t
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
 from torch import nn
 
 from . import runtime
 from .adapted import Adapted
+from .adapters.attaching import Picked
 from .adapters.controlnet import ControlNet, find_controlnet
 from .errors import AdapterError, NotEnoughMemory, RequestError
 from .files.recipe import Recipe
@@ -22,6 +22,24 @@ from .memory.sizes import ITEMSIZE
 from .models.precision import cast
 from .request import ResolvedRequest
 from .rules import shown
+
+
+class Chosen(NamedTuple):
+    """What acts in one picture beside the models: chosen when it is begun, for all of its passes and its recipe."""
+
+    adapters: Picked
+    controlnet: ControlNet | None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Where they are from, as a recipe names it."""
+        net = self.controlnet
+        return {
+            "adapters": {
+                one.name: {"source": one.adapter.source, "digest": one.adapter.digest} for one, _ in self.adapters
+            },
+            "controlnet": {} if net is None else {"source": net.source, "digest": net.digest},
+        }
 
 
 class Controlled(Adapted):
@@ -82,7 +100,10 @@ class Controlled(Adapted):
             return self._controlnet
 
     def unload_controlnet(self) -> None:
-        """Let go of the ControlNet; without one nothing happens."""
+        """Let go of the ControlNet; without one nothing happens.
+
+        A picture that has been begun keeps it, and its memory, until it is done.
+        """
         with self._turn:
             self._let_go()
 
@@ -96,24 +117,16 @@ class Controlled(Adapted):
         self._controlnet, self._control_blocks, self._control_bytes = None, 0, 0
         self._account()
 
-    def _controlnet_for(self, request: ResolvedRequest) -> ZImageControlNetModel | None:
-        """What steers a picture, `None` where nothing does; raises `RequestError` where it is missing."""
-        loaded = self._controlnet
-        if request.control_image is None:
-            return None
-        if loaded is None:
+    def _choose(self, request: ResolvedRequest) -> Chosen:
+        """What acts in a picture that is begun now; `AdapterError` for an adapter that is not loaded, `RequestError`
+        where a ControlNet is missing."""
+        loaded = None if request.control_image is None else self._controlnet
+        if request.control_image is not None and loaded is None:
             raise RequestError(
                 "control_image needs a ControlNet and none is loaded; load one with pipe.load_controlnet(...), or "
                 "leave control_image out"
             )
-        return loaded.net
-
-    def _described_controlnet(self, request: ResolvedRequest) -> dict[str, str]:
-        """The ControlNet of a picture as its recipe names it."""
-        loaded = self._controlnet
-        if request.control_image is None or loaded is None:
-            return {}
-        return {"source": loaded.source, "digest": loaded.digest}
+        return Chosen(self._attachments.pick(request.adapters), loaded)
 
     def _require_adapters(self, recipe: Recipe) -> None:
         """Raises `AdapterError` where a recipe's adapters or its ControlNet are not loaded, or are others."""

@@ -30,6 +30,7 @@ from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .rules import shown
 
 if TYPE_CHECKING:
+    from .controlled import Chosen
     from .files.png import Picture
     from .pipeline import ZImagePipeline
 
@@ -50,6 +51,7 @@ class Denoised:
 
     index: int
     request: ResolvedRequest
+    chosen: Chosen
     latents: Tensor
     decoding: Future[Any] | None = None
 
@@ -99,10 +101,10 @@ class Drawing:
                 raise turn
             tokens = self._tokens(turn, read_ahead)
             warn_if_cut(tokens)
-            following, read_ahead, steps = None, None, turn.steps
+            following, read_ahead, steps, chosen = None, None, turn.steps, self._pipe._choose(turn)
             with progress_bar([turn], self._bar_options) as bar:
                 call = Call(self._shared(), tokens, self._cancel, bar=bar, let_go=partial(self._let_go, turn))
-                run = self._pipe._denoise(turn, call)
+                run = self._pipe._denoise(turn, chosen, call)
                 for step in range(steps):
                     last = step + 1 == steps
                     following = self._read() if last else None
@@ -114,7 +116,7 @@ class Drawing:
                         read_ahead = self._step(run, partial(self._prepare, following, encodes), on_device=encodes)
                     else:
                         next(run)
-                self._waiting = Denoised(index, turn, latents_of(run))
+                self._waiting = Denoised(index, turn, chosen, latents_of(run))
             if not (isinstance(following, ResolvedRequest) and self._overlaps("decoding", turn, following)):
                 yield self._deliver()
             index, turn = index + 1, following
@@ -176,7 +178,7 @@ class Drawing:
     def _decode(self, waiting: Denoised) -> tuple[Picture, Sequence[Tensor]]:
         strips, _, image = self._pipe._decode(waiting.request, waiting.latents, "pil")
         assert image is not None
-        return self._pipe._picture(waiting.request, strips, image, self._embed_recipe), ()
+        return self._pipe._picture(waiting.request, waiting.chosen, strips, image, self._embed_recipe), ()
 
     def _deliver(self) -> Drawn:
         """The picture that waits: as it was decoded beside a step, or else decoded in turn."""
@@ -185,7 +187,7 @@ class Drawing:
         request = waiting.request
         image = self._outcome("decoding", request, waiting.decoding)
         if image is None:
-            image = self._pipe._finish(request, waiting.latents, "pil", self._embed_recipe)
+            image = self._pipe._finish(request, waiting.chosen, waiting.latents, "pil", self._embed_recipe)
         rungs = self._pipe._rungs()
         told = (*self._notes, *rungs[self._rungs :])
         self._notes, self._rungs = [], len(rungs)

@@ -33,6 +33,7 @@ from .calls import (
     warn_if_fitted,
 )
 from .canvas import has_mask, lay_out, lay_out_control
+from .controlled import Chosen
 from .denoiser import Conditioning, Preparation, denoising_steps
 from .hires import Hires, demands, passes
 from .many import Drawing
@@ -64,7 +65,7 @@ class ZImagePipeline(Recorded):
         """`request` with nothing left open for this model, its images read; `RequestError` if it cannot work."""
         limits, asked = self.limits, read_sources(self._with_adapters(request))
         resolved = asked.resolve(self.variant, shift=self.shift, limits=limits)
-        self._controlnet_for(resolved)
+        self._choose(resolved)
         if resolved.image is not None:
             lay_out(resolved, limits)
         if resolved.control_image is not None:
@@ -149,10 +150,11 @@ class ZImagePipeline(Recorded):
         tokens, rungs = tokenize(requests, self.text_encoder), len(self._rungs())
         with progress_bar(requests, self._bar_options if progress else {"disable": True}) as bar:
             call = Call(Preparation(self.transformer), tokens, cancel, hook, bar)
-            images = [
-                self._finish(request, result_of(self._denoise(request, call)), output_type, embed_recipe)
-                for request in requests
-            ]
+            images = []
+            for request in requests:
+                chosen = self._choose(request)
+                drawn = result_of(self._denoise(request, chosen, call))
+                images.append(self._finish(request, chosen, drawn, output_type, embed_recipe))
         collected = collect(images, output_type)
         return ZImageOutput(collected, tuple(requests), self._rungs()[rungs:]) if return_dict else (collected,)
 
@@ -187,18 +189,17 @@ class ZImagePipeline(Recorded):
         options = self._bar_options if progress else {"disable": True}
         return Drawing(self, requests, cancel=cancel, bar_options=options, embed_recipe=embed_recipe).pictures()
 
-    def _denoise(self, request: ResolvedRequest, call: Call) -> Generator[SamplerStep, None, Tensor]:
+    def _denoise(self, request: ResolvedRequest, chosen: Chosen, call: Call) -> Generator[SamplerStep, None, Tensor]:
         """Encode, then one denoising step at a time, of each pass; returns the final latents (1, C, H, W)."""
         call.check_cancelled()
-        adapters = self._attachments.pick(request.adapters)  # once, so that an unknown one is refused first
         with self._computing():
             conditioning = self._attempt("prompt", request, call.let_go)(partial(self._condition, request, call))
         taken, latents = 0, None
         for one in passes(request):
             with self._computing():
                 larger = None if latents is None else self._enlarge(request, latents, call)
-                begun = self._start(one, call, larger, one if larger is None else request)
-            latents, conditioning = yield from self._take_steps(one, call, conditioning, begun, adapters, taken)
+                begun = self._start(one, chosen, call, larger, one if larger is None else request)
+            latents, conditioning = yield from self._take_steps(one, chosen.adapters, call, conditioning, begun, taken)
             taken += one.steps
         call.check_cancelled()
         assert latents is not None
@@ -207,10 +208,10 @@ class ZImagePipeline(Recorded):
     def _take_steps(
         self,
         request: ResolvedRequest,
+        adapters: Picked,
         call: Call,
         conditioning: Conditioning,
         begun: Start,
-        adapters: Picked,
         taken: int,
     ) -> Generator[SamplerStep, None, tuple[Tensor, Conditioning]]:
         """The steps of one pass, counted on from those `taken` before; returns its latents and the conditioning, which
@@ -255,11 +256,13 @@ class ZImagePipeline(Recorded):
             features.append(given.to(self.device))
         return Conditioning(*features)
 
-    def _start(self, request: ResolvedRequest, call: Call, larger: Tensor | None, planned: ResolvedRequest) -> Start:
+    def _start(
+        self, request: ResolvedRequest, chosen: Chosen, call: Call, larger: Tensor | None, planned: ResolvedRequest
+    ) -> Start:
         """The start of one pass, with the memory that the plan has for the picture `planned`."""
         if call.leg is not None and call.leg.latents is not None:
             return Start(call.leg.latents)
-        shape, net = self._latent_shape(request), self._controlnet_for(request)
+        shape, net = self._latent_shape(request), None if chosen.controlnet is None else chosen.controlnet.net
         make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net, larger=larger)
         attempt = self._attempt("image" if demands(planned)[3] else "prompt", planned, call.let_go)
         return attempt(lambda: make(strip_levels=self._strip_levels(planned)))
@@ -277,13 +280,15 @@ class ZImagePipeline(Recorded):
         limits = self.limits
         return limits.latent_channels, request.height // limits.latent_scale, request.width // limits.latent_scale
 
-    def _finish(self, request: ResolvedRequest, latents: Tensor, output_type: str, embed_recipe: bool) -> Any:
+    def _finish(
+        self, request: ResolvedRequest, chosen: Chosen, latents: Tensor, output_type: str, embed_recipe: bool
+    ) -> Any:
         if output_type == "latent":
             return latents
         decode = self._attempt("decoding", request)
         with self._computing():
             strips, pixels, image = decode(partial(self._decode, request, latents, output_type))
-        return pixels if image is None else self._picture(request, strips, image, embed_recipe)
+        return pixels if image is None else self._picture(request, chosen, strips, image, embed_recipe)
 
     def _decode(
         self, request: ResolvedRequest, latents: Tensor, output_type: str
@@ -296,8 +301,8 @@ class ZImagePipeline(Recorded):
         return strips, pixels, to_image(pixels) if output_type == "pil" else None
 
     def _stream(self, request: ResolvedRequest, call: Call, embed_recipe: bool) -> Generator[Step, None, None]:
-        total = request.steps
-        for step in self._denoise(request, call):
+        total, chosen = request.steps, self._choose(request)
+        for step in self._denoise(request, chosen, call):
             last = step.index + 1 == total
             yield Step(
                 index=step.index,
@@ -308,5 +313,5 @@ class ZImagePipeline(Recorded):
                 denoised=step.denoised,
                 request=request,
                 previewer=self.preview,
-                image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
+                image=self._finish(request, chosen, step.latents, "pil", embed_recipe) if last else None,
             )

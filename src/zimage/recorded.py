@@ -12,6 +12,7 @@ from PIL import Image
 
 from . import runtime
 from .calls import CancelToken, read_given
+from .controlled import Chosen
 from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
@@ -55,20 +56,18 @@ class Recorded(Previewing):
         request = recipe.with_images(**images)
         output = self(request, cancel=cancel, progress=progress)
         assert isinstance(output, ZImageOutput)
-        made = output.images[0]
-        return Replay(
-            image=made,
-            request=output.requests[0],
-            same_bits=made.recipe.pixels == recipe.pixels,
-            differences=tuple(differences(recipe, made.recipe.model, made.recipe.runtime)),
-        )
+        return compared(recipe, output.images[0], output.requests[0])
 
     def recipe(self, request: ResolvedRequest, image: Image.Image, strip_levels: int | None = None) -> Recipe:
-        """All that is needed to make `image` again from `request`.
+        """All that is needed to make `image` again from `request`, with the adapters and the ControlNet loaded now.
 
-        `strip_levels` of its decode were in strips, as many as would be now if not given.
+        `strip_levels` of its decode were in strips, as many as would be now if not given. Raises `AdapterError` or
+        `RequestError` where the request names an adapter, or needs a ControlNet, that is not loaded.
         """
         strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
+        return self._recipe(request, self._choose(request), image, strip_levels)
+
+    def _recipe(self, request: ResolvedRequest, chosen: Chosen, image: Image.Image, strip_levels: int) -> Recipe:
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
@@ -82,9 +81,19 @@ class Recorded(Previewing):
                 compiled=self.compiled,
             ),
             pixels=pixel_digest(image),
-            adapters=self._described_adapters(request),
-            controlnet=self._described_controlnet(request),
+            **chosen.described,
         )
 
-    def _picture(self, request: ResolvedRequest, strips: int, image: Image.Image, embed_recipe: bool) -> Picture:
-        return Picture.of(image, self.recipe(request, image, strips) if embed_recipe else None)
+    def _picture(
+        self, request: ResolvedRequest, chosen: Chosen, strips: int, image: Image.Image, embed_recipe: bool
+    ) -> Picture:
+        return Picture.of(image, self._recipe(request, chosen, image, strips) if embed_recipe else None)
+
+
+def compared(recipe: Recipe, made: Any, request: ResolvedRequest) -> Replay:
+    """What came of a recipe: the picture that was `made` from it, and what was not as it was then."""
+    now = made.recipe
+    sentences = differences(recipe, now.model, now.runtime)
+    if recipe.turbo is not None:
+        sentences += [f"turbo's {one}" for one in differences(recipe.turbo, now.turbo.model, now.turbo.runtime)]
+    return Replay(image=made, request=request, same_bits=now.pixels == recipe.pixels, differences=tuple(sentences))

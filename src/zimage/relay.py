@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .callbacks import StepCallback, StepHook
 from .calls import PICTURE_OPTIONS, Call, CancelToken, Leg, progress_bar, read_given, resolve_call, result_of, tokenize
+from .controlled import Chosen
 from .denoiser import Preparation
 from .errors import RequestError
 from .files.png import Picture, read_recipe
-from .files.recipe import Recipe, differences
+from .files.recipe import Recipe
 from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover, finish_of, with_steps
 from .memory.plan import Plan
 from .models.text_encoder import Tokens
@@ -29,12 +30,15 @@ from .output import Replay, Step, ZImageOutput, check_output_type, check_stackab
 from .pairing import check_pair, check_place, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
+from .recorded import compared
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+BothChosen = tuple[Chosen, Chosen]
+"""What acts beside each model, base and Turbo."""
 _SAYS_ALL = "a RelayRequest says all there is; leave handover, turbo_steps and the options of a picture out"
 
 
@@ -182,10 +186,11 @@ class Relay:
         bar_options = {"total": sum(request.steps for request in requests), **self.base._bar_options}
         with progress_bar([], bar_options if progress else {"disable": True}) as bar:
             shared = self._shared(tokens, cancel, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            images = [
-                self._finish(request, result_of(self._denoise(request, shared)), output_type, embed_recipe)
-                for request in requests
-            ]
+            images = []
+            for request in requests:
+                chosen = self._choose(request)
+                latents = result_of(self._denoise(request, chosen, shared))
+                images.append(self._finish(request, chosen, latents, output_type, embed_recipe))
         collected = collect(images, output_type)
         said = tuple(one for were, are in zip(before, self._rungs(), strict=True) for one in are[len(were) :])
         return RelayOutput(collected, tuple(requests), said) if return_dict else (collected,)
@@ -237,16 +242,7 @@ class Relay:
         steered = recipe.with_images(**read_given(control_image=control_image))
         request = RelayRequest(steered, recipe.turbo.request, recipe.handover)
         output = self(request, cancel=cancel, progress=progress)
-        made = output[0][0]
-        sentences = differences(recipe, made.recipe.model, made.recipe.runtime)
-        turbo = made.recipe.turbo
-        sentences += [f"turbo's {one}" for one in differences(recipe.turbo, turbo.model, turbo.runtime)]
-        return Replay(
-            image=made,
-            request=recipe.request,
-            same_bits=made.recipe.pixels == recipe.pixels,
-            differences=tuple(sentences),
-        )
+        return compared(recipe, output[0][0], recipe.request)
 
     def close(self) -> None:
         """Let go of both pipelines, which cannot be used afterwards either. `with` does it at the end of its block."""
@@ -308,30 +304,38 @@ class Relay:
         turbo = Call(Preparation(self.turbo.transformer), {}, cancel, bar=bar)
         return RelayCall(base, turbo, callback, tuple(names))
 
-    def _denoise(self, request: RelayRequest, shared: RelayCall) -> Generator[SamplerStep, None, Tensor]:
+    def _choose(self, request: RelayRequest) -> BothChosen:
+        """What acts in each part, before the first is begun."""
+        return self.base._choose(request.base), self.turbo._choose(request.turbo)
+
+    def _denoise(
+        self, request: RelayRequest, chosen: BothChosen, shared: RelayCall
+    ) -> Generator[SamplerStep, None, Tensor]:
         """The base model's steps, then Turbo's from where that ended; returns the final latents (1, C, H, W)."""
         levels = request.levels
         begins = replace(shared.base, leg=Leg(levels.base), hook=shared.hook(self.base, 0))
-        latents = yield from self.base._denoise(request.base, begins)
+        latents = yield from self.base._denoise(request.base, chosen[0], begins)
         with self.base._computing():
             attempt = self.base._attempt("prompt", request.base)
             features = attempt(partial(self.base._condition, request.base, begins)).positive
         finish = replace(request.turbo, tensors={"prompt_embeds": features})
         taken = len(levels.base) - 1
         ends = replace(shared.turbo, leg=Leg(levels.turbo, latents), hook=shared.hook(self.turbo, taken))
-        return (yield from self.turbo._denoise(finish, ends))
+        return (yield from self.turbo._denoise(finish, chosen[1], ends))
 
-    def _finish(self, request: RelayRequest, latents: Tensor, output_type: str, embed_recipe: bool) -> Any:
+    def _finish(
+        self, request: RelayRequest, chosen: BothChosen, latents: Tensor, output_type: str, embed_recipe: bool
+    ) -> Any:
         """Decoded by Turbo's pipeline, with the recipe of both."""
-        made = self.turbo._finish(request.turbo, latents, output_type, embed_recipe)
+        made = self.turbo._finish(request.turbo, chosen[1], latents, output_type, embed_recipe)
         if not isinstance(made, Picture) or made.recipe is None:
             return made
-        recipe = self.base.recipe(request.base, made, strip_levels=0)
+        recipe = self.base._recipe(request.base, chosen[0], made, strip_levels=0)
         return Picture.of(made, replace(recipe, handover=request.handover, turbo=made.recipe))
 
     def _stream(self, request: RelayRequest, shared: RelayCall, embed_recipe: bool) -> Generator[Step, None, None]:
-        begun, total = len(request.levels.base) - 1, request.steps
-        for index, step in enumerate(self._denoise(request, shared)):
+        begun, total, chosen = len(request.levels.base) - 1, request.steps, self._choose(request)
+        for index, step in enumerate(self._denoise(request, chosen, shared)):
             last = index + 1 == total
             yield Step(
                 index=index,
@@ -342,5 +346,5 @@ class Relay:
                 denoised=step.denoised,
                 request=request.base if index < begun else request.turbo,
                 previewer=self.turbo.preview,
-                image=self._finish(request, step.latents, "pil", embed_recipe) if last else None,
+                image=self._finish(request, chosen, step.latents, "pil", embed_recipe) if last else None,
             )
