@@ -10,12 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from zimage import CheckpointError, Relay, RequestError, ZImagePipeline, ZImageWarning
+from zimage import (
+    CheckpointError,
+    GenerationRequest,
+    NotEnoughMemory,
+    Relay,
+    RequestError,
+    ZImagePipeline,
+    ZImageWarning,
+)
 from zimage.memory.pairs import PairPlan, plan_pair
-from zimage.memory.plan import Plan
+from zimage.memory.plan import Budget, Plan
+from zimage.memory.planner import fit_picture
 from zimage.memory.sizes import ModelSizes
-from zimage.testing import build_checkpoint
+from zimage.testing import build_checkpoint, build_controlnet
 
 PICTURE: dict[str, Any] = {
     "handover": 0.8, "height": 64, "width": 64, "any_size": True, "num_inference_steps": 3, "seed": 5,
@@ -122,6 +132,98 @@ def test_a_budget_that_is_too_small_for_both_in_full_is_kept(base_folder: Path, 
                 for model in (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)
                 for one in model.parameters() if not one.is_meta}  # fmt: skip
         assert sum(one.nbytes for one in held.values()) <= relay.plan.device_peak
+
+
+def devices(pipe: ZImagePipeline) -> list[int]:
+    assert pipe.plan is not None
+    return [stage.device for stage in pipe.plan.stages]
+
+
+def held(relay: Relay) -> int:
+    """Bytes on the device of all that both models are made of and have beside them."""
+    models = [one for pipe in (relay.base, relay.turbo)
+              for one in (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.vae)]  # fmt: skip
+    models += [pipe.controlnet.net for pipe in (relay.base, relay.turbo) if pipe.controlnet is not None]
+    tensors = {one.data_ptr(): one.nbytes for model in models for one in model.parameters() if not one.is_meta}
+    return sum(tensors.values()) + sum(pipe._attachments.bytes for pipe in (relay.base, relay.turbo))
+
+
+@pytest.mark.parametrize("order", ["base", "turbo"])
+def test_what_is_beside_one_model_is_taken_from_what_the_other_may_use(
+    base_folder: Path, turbo_folder: Path, expected: torch.Tensor, tmp_path: Path, order: str
+) -> None:
+    """Whichever of the two has it: an adapter on the first that is loaded, then a ControlNet on the other."""
+    whole = load(base_folder, turbo_folder).plan
+    assert whole is not None
+    net = build_controlnet(tmp_path / "net", version="1.0")
+    name = "layers.0.attention.to_q.lora"
+    save_file(
+        {f"{name}_A.weight": torch.ones(2, 64), f"{name}_B.weight": torch.zeros(64, 2)}, tmp_path / "ink.safetensors"
+    )
+    with load(base_folder, turbo_folder, memory=int((whole.device_peak + 100_000) / 0.9)) as relay:
+        assert relay.plan is not None
+        assert relay.plan.placement == whole.placement
+        one, other = (relay.base, relay.turbo) if order == "base" else (relay.turbo, relay.base)
+        before = [devices(pipe) for pipe in (one, other)]
+        one.load_adapter(tmp_path / "ink.safetensors")
+        ink = 4 * 2 * (64 + 64)
+        assert [devices(pipe) for pipe in (one, other)] == [[need + ink for need in needs] for needs in before]
+        assert other.plan is not None
+        assert other.plan.placement == whole.placement
+        steered = other.load_controlnet(net).bytes + ink
+        assert steered > 100_000
+        assert relay.base.plan is not None
+        assert relay.turbo.plan is not None
+        assert relay.base.plan.sizes.adapters == relay.turbo.plan.sizes.adapters == steered
+        assert [pipe.plan.sizes.control_blocks for pipe in (one, other) if pipe.plan] == [0, 4]
+        for pipe in (relay.base, relay.turbo):
+            assert pipe.plan is not None
+            assert pipe.plan.placement.text_encoder == "streamed"
+            assert pipe.plan.device_peak <= pipe.plan.budget.device
+            assert f"the ControlNet {net} needed room; since then: text encoder st" in pipe.plan.stepped_down[-1]
+        assert held(relay) <= relay.plan.budget.device
+        assert torch.equal(draw(relay, negative_prompt="blurry"), expected)
+
+
+def test_a_picture_that_leaves_no_room_for_what_is_beside_the_other_model_is_refused(
+    base_folder: Path, turbo_folder: Path, tmp_path: Path
+) -> None:
+    """Until that is let go of."""
+    net = build_controlnet(tmp_path / "net", version="1.0")
+    with load(base_folder, turbo_folder) as relay:
+        size = relay.turbo.load_controlnet(net).bytes
+        relay.turbo.unload_controlnet()
+        plan = relay.base._plan
+        assert plan is not None
+        room = fit_picture(plan, 512, 512, 512, least_strips=1)[0].device_peak + size // 2
+        plan = replace(plan, budget=Budget(device=room, host=None, name="little"))
+        relay.base._plan = relay.turbo._plan = fit_picture(plan, 256, 256, 512)[0]
+        before, request = devices(relay.base), relay.resolve(GenerationRequest("a fox", height=512, width=512))
+        relay._fit(request)
+        relay.turbo.load_controlnet(net)
+        assert devices(relay.base) == [need + size for need in before]
+        with pytest.raises(NotEnoughMemory, match=r"512x512 does not fit in little: decoding needs"):
+            relay.base(request.base)
+        with pytest.raises(NotEnoughMemory, match=r"512x512 does not fit in little: decoding needs"):
+            relay.stream(request)
+        relay.turbo.close()
+        assert devices(relay.base) == before
+        relay.base._fit(request.base)
+
+
+def test_what_does_not_fit_beside_the_other_model_leaves_no_trace(
+    base_folder: Path, turbo_folder: Path, tmp_path: Path
+) -> None:
+    net = build_controlnet(tmp_path / "net", version="1.0")
+    with load(base_folder, turbo_folder) as relay:
+        plan = relay.base.plan
+        assert plan is not None
+        relay.base._plan = replace(plan, budget=replace(plan.budget, device=10**7))
+        before = [pipe._plan for pipe in (relay.base, relay.turbo)]
+        with pytest.raises(NotEnoughMemory, match=r"the ControlNet .* does not fit: with .* needs"):
+            relay.turbo.load_controlnet(net)
+        assert relay.turbo.controlnet is None
+        assert [pipe._plan for pipe in (relay.base, relay.turbo)] == before
 
 
 def test_weights_in_fewer_bits_are_of_both(base_folder: Path, turbo_folder: Path) -> None:

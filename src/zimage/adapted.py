@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,7 @@ class Adapted(Placed):
     """The models of a pipeline with what is attached to the transformer."""
 
     variant: Variant
+    _pair: tuple[weakref.ref[Adapted], ...] = ()
 
     def __init__(self, text_encoder: TextEncoder, transformer: ZImageTransformer, autoencoder: Autoencoder) -> None:
         super().__init__(text_encoder, transformer, autoencoder)
@@ -196,6 +198,7 @@ class Adapted(Placed):
             self._attachments.close()
             self._strengths = {}
             super().close()
+            self._account()
 
     def _with_adapters(self, request: AnyRequest) -> AnyRequest:
         """`request` with the strengths that are set, where it has none of its own; `AdapterError` for unknown names."""
@@ -235,32 +238,47 @@ class Adapted(Placed):
             yield
 
     @property
+    def _attached_bytes(self) -> int:
+        """What is on the device beside this model."""
+        return self._attachments.bytes
+
+    @property
     def _beside(self) -> dict[str, int]:
         """What is on the device beside the models, as `ModelSizes` counts it."""
-        return {"adapters": self._attachments.bytes}
+        return {"adapters": sum(one._attached_bytes for one in self._sharing)}
+
+    @property
+    def _sharing(self) -> list[Adapted]:
+        """The models that were planned for one amount of memory: this one, and in a pair the other, if it is there."""
+        found = (one() for one in self._pair)
+        return [self, *(one for one in found if one is not None)]
 
     def _make_room(self, name: str) -> None:
-        """Count what is attached in the plan; where it does not fit, more passes through the device than before."""
-        before = self._plan
-        if before is None:
-            return
+        """Count what is attached in the plan, and in that of a model beside; where it does not fit, more of the model
+        passes through the device than before."""
+        before = [(one, one._plan) for one in self._sharing if one._plan is not None]
         try:
-            plan = with_adapters(before, **self._beside, has_files=self._residency.read is not None)
-            if plan.placement != before.placement:
-                said = f"{name} needed room; since then: {plan.placement}"
-                self._move(replace(plan, stepped_down=(*before.stepped_down, said)), self.device)
-            else:
-                self._plan = plan
+            plans = [
+                with_adapters(plan, **one._beside, has_files=one._residency.read is not None) for one, plan in before
+            ]
+            for (one, old), plan in zip(before, plans, strict=True):
+                if plan.placement != old.placement:
+                    said = f"{name} needed room; since then: {plan.placement}"
+                    one._move(replace(plan, stepped_down=(*old.stepped_down, said)), one.device)
+                else:
+                    one._plan = plan
         except NotEnoughMemory as error:
-            self._plan = before
+            for one, old in before:
+                one._plan = old
             raise NotEnoughMemory(
                 f"{name} does not fit: {error}; load the model with more memory, or delete other adapters"
             ) from error
 
     def _account(self) -> None:
-        """Let the plan, where there is one, count what is attached."""
-        if self._plan is not None:
-            self._plan = self._planned()
+        """Let the plans, where there are some, count what is attached."""
+        for one in self._sharing:
+            if one._plan is not None:
+                one._plan = one._planned()
 
     def _planned(self) -> Plan:
         plan = super()._planned()

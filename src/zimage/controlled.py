@@ -140,9 +140,12 @@ class Controlled(Adapted):
             )
 
     @property
+    def _attached_bytes(self) -> int:
+        return super()._attached_bytes + self._control_bytes
+
+    @property
     def _beside(self) -> dict[str, int]:
-        beside = super()._beside
-        return {"adapters": beside["adapters"] + self._control_bytes, "control_blocks": self._control_blocks}
+        return {**super()._beside, "control_blocks": self._control_blocks}
 
     def _refresh(self) -> None:
         super()._refresh()

@@ -6,6 +6,7 @@ Knows models and plans; what is done with the pair is `relay`'s.
 from __future__ import annotations
 
 import os
+import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch
         layers=parts.layers,
         read=parts.read,
     )
+    made._pair, lender._pair = (weakref.ref(lender),), (weakref.ref(made),)
     return made
 
 

@@ -71,7 +71,8 @@ class ModelSizes:
     in_bfloat16: bool = False
     """Whether the files have all matrices of the layers in bfloat16 or fewer bits, so that nothing is lost by it."""
     adapters: int = 0
-    """Bytes of the adapters and the ControlNet that are loaded, which stay on the device whatever passes through."""
+    """Bytes of the adapters and the ControlNet that are loaded, which stay on the device whatever passes through; those
+    of both where two models were planned together."""
     control_blocks: int = 0
     """Blocks of the ControlNet that is loaded."""
 
