@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from zimage import GenerationRequest, Hires, RequestError, ZImagePipeline, starting
+from zimage.files.recipe import Recipe
 from zimage.hires import STRENGTHS, demands, passes, resolve_hires
 from zimage.models.autoencoder import to_image
 from zimage.request import ResolvedRequest
 from zimage.rules import Limits
+from zimage.sampling.noise import seeded_noise
 from zimage.starting import enlarged
 from zimage.testing import build_controlnet
 from zimage.variants import BASE, TURBO
@@ -143,6 +145,26 @@ def test_each_picture_is_that_of_its_seed(turbo: ZImagePipeline) -> None:
     alone = turbo("a fox", progress=False, **options | {"seed": 8}).images  # type: ignore[union-attr]
     assert both[1].tobytes() == alone[0].tobytes()
     assert both[0].tobytes() != alone[0].tobytes()
+
+
+@pytest.mark.parametrize("upscale", ["pixels", "latents"])
+def test_given_latents_and_a_seed_for_what_else_is_drawn(turbo: ZImagePipeline, upscale: str) -> None:
+    options: dict[str, Any] = {"latents": seeded_noise(3, (1, 16, 8, 12)), "hires": Hires(2, 0.5, upscale)}
+    assert torch.equal(latents(turbo, **options), latents(turbo, hires=options["hires"]))
+    other = latents(turbo, **{**options, "seed": 4})
+    assert not torch.equal(other, latents(turbo, **options))
+    assert torch.equal(latents(turbo, **{**options, "seed": None}), latents(turbo, **{**options, "seed": 0}))
+    two = {**options, "latents": options["latents"].expand(2, -1, -1, -1), "num_images_per_prompt": 2}
+    assert torch.equal(latents(turbo, **two)[1:], other)
+
+
+def test_a_picture_of_given_latents_is_made_again_from_its_recipe_and_them(turbo: ZImagePipeline) -> None:
+    noise = {"latents": seeded_noise(9, (1, 16, 8, 12))}
+    made = turbo("a fox", progress=False, hires=Hires(2, 0.5), **{**SMALL, **noise}).images[0]  # type: ignore[union-attr]
+    recipe = Recipe.from_json(made.recipe.to_json())
+    assert (recipe.request.seed, recipe.given) == (3, ("latents",))
+    again = turbo(replace(recipe.request, tensors=noise), progress=False).images[0]  # type: ignore[union-attr]
+    assert again.recipe == made.recipe
 
 
 def test_from_an_image(turbo: ZImagePipeline) -> None:

@@ -179,6 +179,17 @@ def test_tensors_survive_resolving_again() -> None:
     assert all(torch.equal(sent.tensors[name], tensor) for name, tensor in first.tensors.items())
 
 
+@pytest.mark.parametrize("more", [{"hires": 2}, {"diversity": 1.0}])
+def test_a_seed_beside_latents_stays_where_something_is_drawn_from_it(more: dict[str, Any]) -> None:
+    asked = GenerationRequest("a", seed=7, latents=LATENTS, height=64, width=64, any_size=True, **more)
+    first = asked.resolve(TURBO)
+    assert first.seed == 7
+    assert first.resolve(TURBO) == first
+    assert replace(asked, seed=None).resolve(TURBO).seed == 0
+    plain = replace(first, hires=None, diversity=0.0)
+    assert plain.resolve(TURBO).seed == 0
+
+
 def test_other_noise_for_a_request() -> None:
     first = GenerationRequest("a", seed=7, height=64, width=64, any_size=True).resolve(TURBO)
     other = with_noise(first, latents=LATENTS[None])

@@ -95,6 +95,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "seed-and-generator": ("turbo", {"seed": 1, "generator": generator()}, "seed and generator are both given.*drop"),
     "seed-and-latents": ("turbo", {"seed": 1, "latents": LATENTS}, "seed and latents are both given.*drop one"),
+    "seed-and-latents-without-diversity": ("turbo", {"seed": 1, "latents": LATENTS, "diversity": 0}, "drop one"),
+    "seed-of-a-second-pass": ("turbo", {"seed": -1, "latents": LATENTS, "hires": 2}, SEED),
     "latents-and-generator": ("turbo", {"latents": LATENTS, "generator": generator()}, "latents and generator are"),
     "generator-is-a-seed": ("turbo", {"generator": 7}, "generator must be a torch.Generator or a list of them"),
     "images-zero": ("turbo", {"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),

@@ -124,7 +124,8 @@ class ZImagePipeline(Recorded):
             prompt: a text, a list of texts, or one or more requests (then no other option of a picture).
             num_images_per_prompt: image k of the call has the seed `seed + k`.
             generator: instead of `seed`; its noise is drawn as diffusers draws it.
-            latents: (images, 16, height/8, width/8) instead of a seed.
+            latents: (images, 16, height/8, width/8) instead of a seed's noise; a seed beside them is of what else is
+                drawn, for `hires` and `diversity`.
             joint_attention_kwargs: {"scale": s} makes every adapter's strength s times what it else would be.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) or "latent".
             return_dict: `False` returns `(images,)`.

@@ -50,7 +50,7 @@ class GenerationRequest:
         cfg_normalization: caps the norm of the guided prediction at so many times the positive one's;
             `True` is 1, `False` or 0 is off.
         cfg_truncation: guidance is off in steps whose `1 − sigma` exceeds this; 1 is never off.
-        seed: 0 to 2³² − 1; `None` draws one.
+        seed: 0 to 2³² − 1; `None` draws one, or beside `latents` is 0.
         sampler: "euler", "heun" or "dpmpp_2m".
         cache: "balanced" evaluates the model in about half of the steps and predicts the others from those before (base
             only, Euler or DPM++ 2M); or the steps to evaluate, counted from 0. See the guide for what it costs.
@@ -60,7 +60,8 @@ class GenerationRequest:
             in the first steps, so many of their standard deviations; 0 is off. 1 to 2 suit Turbo.
         sigmas: noise levels before the shift, descending within (0, 1], without the final 0; one per step.
         max_sequence_length: tokens of the prompt, template included, that are kept.
-        latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of a seed.
+        latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of that of a seed.
+            What else is drawn, for `hires` and `diversity`, is of the seed all the same.
         prompt_embeds, negative_prompt_embeds: caption features (tokens, features) instead of the texts.
         image: what the picture starts from: a path, a Pillow image of any mode, an array (height, width, 3) or a tensor
             (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are then its own, cropped to
@@ -165,7 +166,8 @@ class ResolvedRequest:
     `cache` has the steps that the model is evaluated in, and is empty where that is every one. `adapters` has the names
     of those that act, sorted, and their strengths. `strength` is 1 where there is no image, and
     `controlnet_conditioning_scale` is 0 where there is no control image.
-    `seed` is 0 where `latents` are given. `tensors` holds what was given in place of texts or noise, by argument name.
+    Beside `latents` `seed` is 0 if none was given, or nothing else is drawn from it. `tensors` holds what was given in
+    place of texts or noise, by argument name.
     """
 
     variant: str
@@ -228,7 +230,7 @@ class ResolvedRequest:
             guidance_scale=self.guidance_scale,
             cfg_normalization=self.cfg_normalization,
             cfg_truncation=self.cfg_truncation,
-            seed=None if "latents" in given else self.seed,
+            seed=None if "latents" in given and not (self.hires or self.diversity) else self.seed,
             sampler=self.sampler,
             cache=self.cache or None,
             adapters=dict(self.adapters),

@@ -163,10 +163,16 @@ def resolve_steps(steps: int | None, sigmas: tuple[float, ...], variant: Variant
 
 
 def resolve_seed(request: GenerationRequest) -> int:
+    """The seed as asked, or one that is drawn. Beside latents it is for what else is drawn, 0 if none is given, and
+    refused where nothing is."""
     if request.latents is not None:
-        if request.seed is not None:
-            raise RequestError("seed and latents are both given, and latents leave the seed nothing to do; drop one")
-        return 0
+        if request.seed is None:
+            return 0
+        if request.hires is None and not resolve_diversity(request.diversity):
+            raise RequestError(
+                "seed and latents are both given, and without hires or diversity latents leave the seed nothing to do; "
+                "drop one"
+            )
     if request.seed is None:
         return secrets.randbelow(MAX_SEED + 1)
     return integer("seed", request.seed, 0, MAX_SEED)
