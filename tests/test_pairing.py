@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zimage import (
     CheckpointError,
@@ -257,6 +257,33 @@ def test_models_with_another_vae_or_text_encoder_are_refused(base_folder: Path, 
     turbo = ZImagePipeline.from_pretrained(other, device="cpu", dtype="float32")
     with pytest.raises(RequestError, match=r"do not share their text encoder.*the values of"):
         Relay(base, turbo)
+
+
+@pytest.mark.parametrize("stored", ["in files", "in fewer bits"])
+def test_a_text_encoder_that_is_not_at_hand_is_compared_by_its_files(
+    base: ZImagePipeline, turbo_folder: Path, tmp_path: Path, stored: str
+) -> None:
+    folder = shutil.copytree(turbo_folder, tmp_path / "turbo")
+
+    def loaded() -> ZImagePipeline:
+        kind = "int8" if stored == "in fewer bits" else None
+        pipe = ZImagePipeline.from_pretrained(folder, device="cpu", dtype="float32", weight_dtype=kind)
+        if stored == "in files":
+            pipe.enable_model_cpu_offload(device="cpu")
+        return pipe
+
+    Relay(base, loaded())
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = "layers.0.mlp.down_proj.weight"
+    tensors[f"model.{name}"] = tensors[f"model.{name}"].flip(0)
+    save_file(tensors, file)
+    other = loaded()
+    with pytest.raises(RequestError, match=f"do not share their text encoder.*: the values of {name} differ"):
+        Relay(base, other)
+    if stored == "in fewer bits":
+        shutil.rmtree(folder)
+        Relay(base, other)  # nothing is left to compare
 
 
 def test_pipelines_that_differ_where_they_compute_are_refused(turbo_folder: Path, base: Any) -> None:

@@ -46,7 +46,8 @@ class Pair(NamedTuple):
 def check_pair(base: Any, turbo: Any) -> None:
     """Raises `RequestError` unless `base` can hand its latents over to `turbo`.
 
-    Text encoders and VAEs that are not the same modules are compared, value by value where both have them at hand.
+    Text encoders and VAEs that are not the same modules are compared, value by value where both have them at hand, else
+    by the files that they were loaded from, where both have some. `CheckpointError` where those cannot be read.
     """
     for name, pipe in zip(NAMES, (base, turbo), strict=True):
         if not isinstance(pipe, ZImagePipeline):
@@ -58,7 +59,10 @@ def check_pair(base: Any, turbo: Any) -> None:
         "text_encoder": (base.text_encoder.model, turbo.text_encoder.model),
     }
     for component, modules in pairs.items():
-        if reason := _module_difference(*modules):
+        reason = _module_difference(*modules)
+        if not reason and not _are_at_hand(*modules):
+            reason = _file_difference(component, base, turbo)
+        if reason:
             raise RequestError(_not_alike(component, reason))
 
 
@@ -169,7 +173,7 @@ def _not_alike(component: str, reason: str) -> str:
 def _module_difference(one: nn.Module, other: nn.Module) -> str:
     """In what two modules of one kind differ, "" if in nothing that can be compared here.
 
-    What waits in files, or is stored in another number of bits, is compared by shape alone.
+    What waits in files is compared by shape alone, and what is stored in another number of bits not at all.
     """
     if one is other:
         return ""
@@ -189,6 +193,26 @@ def _module_difference(one: nn.Module, other: nn.Module) -> str:
             return f"the values of {name} differ"
     counts = [len(getattr(module, "layers", ())) for module in (one, other)]
     return f"one has {counts[0]} layers and the other {counts[1]}" if counts[0] != counts[1] else ""
+
+
+def _are_at_hand(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all values of two modules can be compared: they are the same, or in memory in the same types."""
+    ours, theirs = (
+        {name: None if parameter.is_meta else parameter.dtype for name, parameter in module.named_parameters()}
+        for module in (one, other)
+    )
+    return one is other or (ours == theirs and None not in ours.values())
+
+
+def _file_difference(component: str, *pipes: ZImagePipeline) -> str:
+    """In what the files differ that a component of two pipelines was loaded from, "" where one of them has none."""
+    found = []
+    for pipe in pipes:
+        if pipe._folder is None or not pipe._folder.is_dir():
+            return ""
+        found.append(survey(pipe._folder, pipe._files, parts=(component,)))
+        found[-1].require()
+    return difference(found[0], found[1], component)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
