@@ -65,6 +65,7 @@ SPLIT = ("memory",)
 OPEN_TO_APPS = (
     "",
     "_version",
+    "adapters.controlnet",
     "bench",
     "checkpoint.convert",
     "checkpoint.inspect",

@@ -18,7 +18,6 @@ from .adapters.controlnet import ControlNet, find_controlnet
 from .errors import AdapterError, NotEnoughMemory, RequestError
 from .files.recipe import Recipe
 from .memory.ladder import is_out_of_memory
-from .memory.sizes import ITEMSIZE
 from .models.precision import cast
 from .request import ResolvedRequest
 from .rules import shown
@@ -87,8 +86,8 @@ class Controlled(Adapted):
                 raise AdapterError(
                     f"a ControlNet is loaded already ({self._controlnet.source}); unload_controlnet() first"
                 )
-            self._control_blocks = found.blocks
-            self._control_bytes = found.parameters * ITEMSIZE[str(self.dtype).removeprefix("torch.")]
+            beside = found.beside(str(self.dtype).removeprefix("torch."))
+            self._control_bytes, self._control_blocks = beside["adapters"], beside["control_blocks"]
             try:
                 self._make_room(f"the ControlNet {found.name}")
                 self._controlnet = found.load(self.dtype, self.device, remembered)

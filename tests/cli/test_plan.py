@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from zimage import cli
+from zimage import ZImagePipeline, cli
 from zimage.memory.plan import Budget
 from zimage.memory.planner import make_plan
 from zimage.memory.sizes import RELEASED, Work
+from zimage.testing import build_controlnet
+from zimage.testing.configs import SIZES, controlnet_config
+from zimage.testing.weights import tensor_shapes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -39,6 +45,62 @@ def test_an_image_is_a_stage_that_needs_less_than_the_decode(capsys: pytest.Capt
     assert list(need) == ["prompt", "image", "denoising", "decoding"]
     assert need["image"] < need.pop("decoding")
     assert json.loads(plain)["placement"] == json.loads(out)["placement"]
+
+
+def test_a_second_pass_is_planned_for_its_size_and_encodes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--memory", "16GB", "--host-memory", "32GB", "--json")
+    _, out, _ = run(capsys, *options, "--size", "768x512", "--hires", 1.5)
+    _, expected, _ = run(capsys, *options, "--size", "1152x768", "--image")
+    assert out == expected
+    code, _, err = run(capsys, "--hires", 5)
+    assert code == 2
+    assert "hires: its scale must be a number from 1 to 4" in err
+
+
+def test_a_controlnet_is_counted_as_loading_it_does(
+    capsys: pytest.CaptureFixture[str], turbo: str, tmp_path: Path
+) -> None:
+    net = build_controlnet(tmp_path / "net")
+    options = ("--model", turbo, "--device", "cpu", "--dtype", "float32")
+    code, out, _ = run(capsys, *options, "--controlnet", net, "--json")
+    assert code == 0
+    pipe = ZImagePipeline.from_pretrained(turbo, device="cpu", dtype="float32", controlnet=net)
+    assert pipe.plan is not None
+    assert pipe.controlnet is not None
+    planned = json.loads(out)
+    assert planned["controlnet"] == {"bytes": pipe.controlnet.bytes, "blocks": 4}
+    need = {stage["name"]: stage["device"] for stage in planned["stages"]}
+    assert need.pop("image") > pipe.controlnet.bytes  # the control image
+    assert need == {stage.name: stage.device for stage in pipe.plan.stages}
+    _, out, _ = run(capsys, *options, "--controlnet", net)
+    assert "\nof it for the ControlNet: 0.00 GiB, 4 blocks\n" in out
+
+
+def test_a_controlnet_for_the_released_models_is_known_by_its_header(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of 6 GiB; behind the header is nothing but a hole."""
+    shapes = tensor_shapes("controlnet", controlnet_config(SIZES["real"], "2.1"))
+    header, end, count = {}, 0, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
+        end, count = end + 2 * math.prod(shape), count + math.prod(shape)
+    content = json.dumps(header).encode()
+    with (tmp_path / "net.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+    options = ("--memory", "16GB", "--host-memory", "32GB")
+    code, out, _ = run(capsys, *options, "--controlnet", tmp_path / "net.safetensors", "--json")
+    assert code == 0
+    sizes = replace(RELEASED, adapters=2 * count, control_blocks=17)
+    plan = make_plan(sizes, Work(from_image=True), Budget.of_card(16 * 10**9, 32 * 10**9, "16GB"))
+    controlnet = {"bytes": 2 * count, "blocks": 17}
+    assert 6 * 10**9 < 2 * count < 7 * 10**9
+    assert json.loads(out) == {"model": "turbo", "controlnet": controlnet, **json.loads(json.dumps(plan.to_dict()))}
+    _, out, _ = run(capsys, *options, "--controlnet", tmp_path / "net.safetensors")
+    _, plain, _ = run(capsys, *options)
+    assert "text encoder streamed, transformer resident" in plain.splitlines()[0]
+    assert "text encoder streamed, 14 of 32 blocks resident" in out.splitlines()[0]
 
 
 def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +153,8 @@ def test_a_checkpoint_and_what_is_free_here(capsys: pytest.CaptureFixture[str], 
         (["--device", "tpu"], 2, "--device must be cuda, mps or cpu, got 'tpu'"),
         (["--memory", "8GB", "--encoding", "gpu"], 2, "must be 'resident', 'streamed' or 'cpu', got 'gpu'"),
         (["--model", "no/where"], 1, "no/where"),
+        (["--controlnet", "nothing.safetensors"], 1, "cannot find the ControlNet 'nothing.safetensors'"),
+        (["--controlnet", "no/where"], 1, "no/where"),
     ],
 )
 def test_what_cannot_work_is_one_line(

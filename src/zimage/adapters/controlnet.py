@@ -17,10 +17,12 @@ from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetMode
 from torch import nn
 
 from ..checkpoint.inspect import content_digest
+from ..checkpoint.modules import build as blank
 from ..checkpoint.reading import shown
 from ..checkpoint.shards import Weights, match
 from ..checkpoint.tensors import fill
 from ..errors import AdapterError
+from ..memory.sizes import ITEMSIZE
 from ..models.control import PARTS, build, share
 from .controlsource import CLASS, REFINED, TWICE, ControlPlace, locate_controlnet, read_description
 from .source import as_adapter_error
@@ -62,6 +64,10 @@ class Found:
     """In a type, to a device, remembered by a source."""
     place: ControlPlace | None = None
 
+    def beside(self, dtype: str) -> dict[str, int]:
+        """What it takes on the device in a precision, as `ModelSizes` counts it."""
+        return {"adapters": self.parameters * ITEMSIZE[dtype], "control_blocks": self.blocks}
+
 
 def find_controlnet(
     source: str | os.PathLike[str] | nn.Module, transformer: Mapping[str, Any], **options: Any
@@ -88,6 +94,11 @@ def find_controlnet(
             load=partial(_load, place, config, weights),
             place=place,
         )
+
+
+def released_transformer() -> dict[str, Any]:
+    """The config of the released models' transformer, for which diffusers' class has the defaults."""
+    return dict(blank("transformer", {}, ()).module.config)
 
 
 def _load(

@@ -18,21 +18,21 @@ from .modules import Blank
 from .survey import Survey, survey
 
 
-def checkpoint_sizes(
+def local_checkpoint(
     model: str | os.PathLike[str],
     *,
     transformer: str | os.PathLike[str] | None = None,
     text_encoder: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
-) -> ModelSizes:
-    """The sizes of a model that is on this machine, as `locate` finds it with these files; nothing is downloaded.
+) -> Survey:
+    """What a model on this machine is made of, as `locate` finds it with these files; nothing is downloaded.
 
     Raises `CheckpointError` for what cannot be found or would not load.
     """
     place = locate(model, transformer=transformer, text_encoder=text_encoder, vae=vae, local_files_only=True)
     found = survey(place.folder, place.files)
     found.require()
-    return sizes_of(found)
+    return found
 
 
 def sizes_of(found: Survey) -> ModelSizes:

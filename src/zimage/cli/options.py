@@ -17,7 +17,7 @@ import typer
 from ..editing import SourceImage
 from ..errors import RequestError
 from ..hires import Hires
-from ..request import GenerationRequest
+from ..request import GenerationRequest, ResolvedRequest
 from ..rules import is_unicode
 from ..variants import DEMOS, VARIANTS, Variant, detect_variant, get_variant
 
@@ -130,8 +130,8 @@ def known_variant(model: str, variant: str | None) -> Variant | None:
     return detect_variant(variant=variant, hub_id=hub_id, shift=None)
 
 
-def check_request(request: GenerationRequest, model: str, variant: str | None) -> None:
-    """Raise `RequestError` for a request that the model, as far as its name tells, will refuse.
+def check_request(request: GenerationRequest, model: str, variant: str | None) -> ResolvedRequest:
+    """A request as the model, as far as its name tells, will resolve it; raises `RequestError` where it will refuse.
 
     Where the variant is not known, that is one which every variant refuses. Sizes are known of the released models.
     """
@@ -142,8 +142,7 @@ def check_request(request: GenerationRequest, model: str, variant: str | None) -
     errors = []
     for candidate in candidates:
         try:
-            request.resolve(candidate)
-            return
+            return request.resolve(candidate)
         except RequestError as error:
             errors.append(error)
     raise errors[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from ..errors import RequestError
+from ..hires import demands
 from ..memory.plan import Budget, Placement, Plan, gib, parse_memory
 from ..memory.planner import make_plan
 from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
@@ -25,6 +27,7 @@ from .options import (
     WeightDtype,
     check_request,
     is_released,
+    read_hires,
     read_size,
 )
 
@@ -38,6 +41,16 @@ def plan(
     size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     image: Annotated[bool, typer.Option("--image", help="Also what encoding an image to start from needs.")] = False,
+    hires: Annotated[
+        float | None, typer.Option("--hires", help="With a second pass so many times as large, from pixels; to 4.")
+    ] = None,
+    controlnet: Annotated[
+        str | None,
+        typer.Option(
+            "--controlnet",
+            help="One beside it that steers the picture: a file, a folder, or what is in the hub's cache.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; a card if memory is given.")] = None,
     encoding: Annotated[
@@ -53,13 +66,24 @@ def plan(
 ) -> None:
     """Say what would sit where, and the memory that a picture would need.
 
-    For the released models no weights need be there. Exit code 1 if nothing fits.
+    For the released models no weights need be there, and of a ControlNet only the beginning of its file is read.
+    Exit code 1 if nothing fits.
     """
-    sizes = _sizes(model, transformer=transformer, text_encoder=text_encoder, vae=vae)
+    precision = _dtype(dtype)
+    sizes = _sizes(model, controlnet, precision, transformer=transformer, text_encoder=text_encoder, vae=vae)
     sides = read_size(size or str(sizes.native_side), None, None)
-    check_request(GenerationRequest("", any_size=True, height=sides["height"], width=sides["width"]), model, None)
+    asked = check_request(
+        GenerationRequest("", any_size=True, hires=read_hires(hires), height=sides["height"], width=sides["width"]),
+        model,
+        None,
+    )
+    height, width, _, encodes = demands(asked)
     work = Work(
-        height=sides["height"], width=sides["width"], tokens=_tokens(tokens), dtype=_dtype(dtype), from_image=image
+        height=height,
+        width=width,
+        tokens=_tokens(tokens),
+        dtype=precision,
+        from_image=image or encodes or controlnet is not None,
     )
     found = make_plan(
         sizes,
@@ -70,7 +94,9 @@ def plan(
         quantize_activations=quantize_activations,
     )
     if json:
-        print(json_format.dumps({"model": model, **found.to_dict()}))
+        beside = {"bytes": found.sizes.adapters, "blocks": found.sizes.control_blocks}
+        steered = {} if controlnet is None else {"controlnet": beside}
+        print(json_format.dumps({"model": model, **steered, **found.to_dict()}))
     else:
         _print(model, found)
 
@@ -80,6 +106,8 @@ def _print(model: str, found: Plan) -> None:
     host = "" if budget.host is None else f", {gib(budget.host)} of the host"
     print(f"{model}, {found.work.width}x{found.work.height}, {found.work.dtype}: {placement}")
     print(f"may be used: {gib(budget.device)} of the device{host}")
+    if found.sizes.adapters:
+        print(f"of it for the ControlNet: {gib(found.sizes.adapters)}, {found.sizes.control_blocks} blocks")
     if placement.slots:
         print(f"streamed through {placement.slots} places on the device, from {_sources(placement)}")
     rows = [("stage", "device", "host"), *((one.name, gib(one.device), gib(one.host)) for one in found.stages)]
@@ -97,12 +125,22 @@ def _sources(placement: Placement) -> str:
     return str(text or blocks)
 
 
-def _sizes(model: str, **files: str | None) -> ModelSizes:
-    if is_released(model) and not any(files.values()):
+def _sizes(model: str, controlnet: str | None, dtype: str, **files: str | None) -> ModelSizes:
+    """Of the model, with a ControlNet beside it in that precision; nothing is downloaded."""
+    is_known = is_released(model) and not any(files.values())
+    if is_known and controlnet is None:
         return RELEASED
-    from ..checkpoint.sizes import checkpoint_sizes
+    from ..checkpoint.sizes import local_checkpoint, sizes_of
 
-    return checkpoint_sizes(model, **files)
+    found = None if is_known else local_checkpoint(model, **files)
+    sizes = RELEASED if found is None else sizes_of(found)
+    if controlnet is None:
+        return sizes
+    from ..adapters.controlnet import find_controlnet, released_transformer
+
+    config = released_transformer() if found is None else found.configs.transformer
+    beside = find_controlnet(controlnet, config or {}, local_files_only=True).beside(dtype)
+    return replace(sizes, adapters=beside["adapters"], control_blocks=beside["control_blocks"])
 
 
 def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:
