@@ -18,7 +18,7 @@ from zimage.training.evaluate import Recipe, adherence, draw
 
 RECIPE = Recipe(steps=12, shift=3.0, guidance_scale=4.0)
 TURBO_RECIPE = Recipe(steps=8, shift=3.0, guidance_scale=0.0)
-COUNT = 48
+COUNT = 32
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +66,11 @@ def test_guidance_makes_pictures_follow_their_captions(demo: Any) -> None:
 
 @pytest.mark.long
 def test_a_negative_prompt_keeps_its_colour_away_and_nothing_else(demo: Any) -> None:
-    captions = evaluation_captions("open", 96, 0)
+    captions = evaluation_captions("open", 2 * COUNT, 0)
 
     def shares(negative: str) -> tuple[float, float]:
         """Of pictures with something red, and of those that are as asked."""
-        recipe = replace(RECIPE, negative_prompt=negative)
+        recipe = replace(RECIPE, steps=10, negative_prompt=negative)
         pictures = draw(demo, [text for text, _ in captions], range(len(captions)), recipe)
         readings = [judge.read(picture) for picture in pictures]
         red = [any(one.colour == "red" for one in reading.objects) for reading in readings]

@@ -143,7 +143,7 @@ def finish_autoencoder(size: ModelSize, folder: Path, seed: int) -> dict[str, fl
     vae = build_autoencoder(size)
     vae.load_state_dict(average_of(folder))
     vae.eval().requires_grad_(False)
-    figures = measure_autoencoder(vae, seed + HELD_OUT)
+    figures = measure_autoencoder(vae, seed + HELD_OUT, MEASURED)
     vae.register_to_config(scaling_factor=round(1.0 / figures["std"], 4), shift_factor=round(figures["mean"], 4))
     vae.save_pretrained(folder / "vae")
     return figures
@@ -157,7 +157,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def measure_autoencoder(vae: Any, seed: int, count: int = MEASURED) -> dict[str, float]:
+def measure_autoencoder(vae: Any, seed: int, count: int) -> dict[str, float]:
     """The figures of `finish_autoencoder` on `count` scenes of the stream `seed`."""
     sums = _Sums([])
     for start in range(0, count, 16):
