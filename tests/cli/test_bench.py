@@ -15,11 +15,11 @@ QUICK = ("bench", "--device", "cpu", "--dtype", "float32", "--height", 64, "--wi
 Command = Callable[..., Any]
 
 
-def test_json_is_one_object_and_all_there_is_on_stdout(process: Callable[..., Any]) -> None:
-    """As a process of its own, whose stderr is no terminal: nothing is written there but the warning."""
-    out, err = process(*QUICK, "--size", "tiny", "--variant", "base", "--rounds", 2, "--json").communicate()
-    assert err.decode() == "zimage: medians of 2 rounds are uncertain; the default is 10\n"
-    report = json.loads(out)
+def test_json_is_one_object_and_all_there_is_on_stdout(zimage: Command) -> None:
+    """Where stderr is no terminal nothing is written there but the warning."""
+    ended = zimage(*QUICK, "--size", "tiny", "--variant", "base", "--rounds", 2, "--json")
+    assert (ended.code, ended.err) == (0, "zimage: medians of 2 rounds are uncertain; the default is 10\n")
+    report = json.loads(ended.out)
     assert [stage["name"] for stage in report["stages"]] == ["encode", "denoise", "decode", "end-to-end"]
     for stage in report["stages"]:
         ours, theirs = stage["zimage"], stage["diffusers"]
