@@ -1,7 +1,7 @@
 """What the README, the guide and the examples say to type works as it stands, and the numbers in them are the code's.
 
 Blocks run unchanged, in new processes, offline: a Hugging Face cache holds tiny checkpoints under the real hub ids.
-Only the default size of pictures is made smaller, before zimage is used.
+Only the default size of pictures is made smaller, before zimage is used, and for the shell the default number of steps.
 """
 
 from __future__ import annotations
@@ -111,13 +111,15 @@ def test_python_blocks_and_examples_run(environment: dict[str, str], tmp_path: P
 @pytest.mark.long
 def test_shell_blocks_run(environment: dict[str, str], tmp_path: Path) -> None:
     here = tmp_path / "here"
+    fewer = SMALLER.replace("height=256", "num_inference_steps=2, height=256")
+    (tmp_path / "site" / "sitecustomize.py").write_text(fewer)
     script = "".join(block for document in DOCUMENTS for block in blocks(document, "sh"))
     assert script.count("zimage ") >= 4
     printed = run(["bash", "-euo", "pipefail", "-c", script], environment, here)
     shapes = read_recipe(here / "shapes.png")
     assert (shapes.model["source"], shapes.request.prompt) == ("demo", "a red circle left of a blue square")
     recipe = read_recipe(here / "fox.png")
-    assert (recipe.request.prompt, recipe.request.seed) == ("a red fox in snow", 7)
+    assert (recipe.request.prompt, recipe.request.seed, recipe.request.steps) == ("a red fox in snow", 7, 2)
     assert recipe.model["source"] == "Tongyi-MAI/Z-Image-Turbo"
     requests = [read_recipe(path).request for path in sorted(here.glob("harbour*.png"))]
     assert [(one.prompt, one.seed, one.width, one.height) for one in requests] == [
