@@ -296,9 +296,10 @@ def test_pipelines_that_differ_where_they_compute_are_refused(turbo_folder: Path
     with pytest.raises(RequestError, match=r"one dtype, base has torch\.float32 and turbo torch\.bfloat16"):
         draw(relay)
     turbo = ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32")
-    turbo.autoencoder.vae.config.scaling_factor = 0.5
-    with pytest.raises(RequestError, match=r"do not share their VAE.*scaling_factor is 0\.3611 and 0\.5"):
-        Relay(base, turbo)
+    for setting, value in (("shift_factor", r"0\.1159"), ("scaling_factor", r"0\.3611")):
+        setattr(turbo.autoencoder.vae.config, setting, 0.5)
+        with pytest.raises(RequestError, match=rf"do not share their VAE.*{setting} is {value} and 0\.5"):
+            Relay(base, turbo)
 
 
 def test_the_plans_own_choice_of_weights_is_said(

@@ -259,6 +259,10 @@ def test_another_model_is_refused_by_its_tensors(tiny: Path, mixed: Path, tmp_pa
     save_file({name: one.clone() for name, one in twice.items()}, tmp_path / "twice.safetensors")
     with pytest.raises(CheckpointError, match="twice, in two ways of naming"):
         load(tiny, tmp_path / "twice.safetensors")
+    prefixes = {f"{prefix}diffusion_model.{name}": one for prefix in ("", "model.") for name, one in twice.items()}
+    save_file({name: one.clone() for name, one in prefixes.items()}, tmp_path / "prefixes.safetensors")
+    with pytest.raises(CheckpointError, match="twice, after two prefixes"):
+        load(tiny, tmp_path / "prefixes.safetensors")
     odd = published(weights_of(tiny))
     fused = "layers.0.attention.qkv.weight"
     odd[fused] = torch.cat([odd[fused], odd[fused][:1]])  # not three parts as tall as one another
