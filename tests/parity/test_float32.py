@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 
 # Height, width, image tokens: the last two in neither case a multiple of 32 and so filled with pad tokens.
-SIZES = ((256, 256, 256), (256, 320, 320), (80, 112, 35), (304, 240, 285))
+SIZES = ((128, 256, 128), (80, 112, 35), (240, 176, 165))
 
 GUIDANCE: tuple[dict[str, Any], ...] = (
     {"guidance": 0.0},
