@@ -110,7 +110,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     `small` is more and wider layers than `tiny`, of fewer layers than it has for users.
     """
     diffusers.utils.logging.disable_progress_bar()
-    fewer = {"small": replace(SIZES["small"], n_layers=5, n_refiner_layers=1, text_layers=3)}
+    fewer = {"small": replace(SIZES["small"], n_layers=3, n_refiner_layers=1, text_layers=3)}
 
     @cache
     def build(variant: Literal["base", "turbo"], size: Literal["tiny", "small"], activations: Any) -> Path:

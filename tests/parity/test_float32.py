@@ -156,7 +156,7 @@ def test_pixels(pair: Pair, guidance: float) -> None:
 
 @pytest.mark.parametrize("guidance", [0.0, 0.7, 4.0])
 def test_more_and_wider_layers(pairs: Pairs, guidance: float) -> None:
-    """`small`: 5 layers of 768. Guidance weighs the rounding of its two branches by 1 + g and g: by 6.4 for g = 4."""
+    """`small`: 3 layers of 768. Guidance weighs the rounding of its two branches by 1 + g and g: by 6.4 for g = 4."""
     outcome = pairs("base", size="small").run(ENGLISH, height=128, width=128, steps=2, guidance=guidance)
     assert outcome.error <= TOLERANCE
 
