@@ -184,15 +184,15 @@ def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "source"), [("int8", "memory"), ("float8", "files"), ("nf4", "files")])
-def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str, source: str) -> None:
-    pipe = load(folder, weight_dtype=kind)
+def test_they_pass_through_the_device_with_the_same_bits(turbo_folder: Path, kind: str, source: str) -> None:
+    pipe = load(turbo_folder, weight_dtype=kind)
     made = latents(pipe, **SMALL)
     assert pipe.plan is not None
     placement = replace(
         pipe.plan.placement, text_encoder="streamed", resident_blocks=2, context_resident=False, slots=2,
         text_source=source, block_source=source,
     )  # fmt: skip
-    streamed = load(folder, memory=replace(pipe.plan, placement=placement))
+    streamed = load(turbo_folder, memory=replace(pipe.plan, placement=placement))
     assert streamed.weights == kind
     assert torch.equal(latents(streamed, **SMALL), made)
     pipe.enable_sequential_cpu_offload()
