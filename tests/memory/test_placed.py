@@ -233,9 +233,9 @@ def test_two_hundred_pictures_in_a_row(tmp_path: Path, monkeypatch: pytest.Monke
     pipe, process = load(build_checkpoint(tmp_path / "least", variant="base")), psutil.Process()
 
     def draw(number: int) -> None:
-        side = 32 + 16 * (number % 5)
+        side = 64 + 16 * (number % 5)
         text = f"fox number {number} " * (1 + number % 7)
-        pipe(text, progress=False, **{**PICTURE, "height": side, "width": 112 - side, "num_inference_steps": 1})
+        pipe(text, progress=False, **{**PICTURE, "height": side, "width": 144 - side, "num_inference_steps": 1})
 
     for number in range(10):
         draw(number)
