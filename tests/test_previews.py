@@ -57,7 +57,10 @@ def test_previews_change_no_picture(demo: ZImagePipeline) -> None:
     assert step.image.tobytes() == expected.tobytes()
 
 
-def test_the_map_is_the_best_for_the_patterns_and_the_same_each_time(demo: ZImagePipeline) -> None:
+def test_the_map_is_the_best_for_the_patterns_and_the_same_each_time(
+    demo: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zimage.models.preview.SIDE", 128)
     vae = demo.autoencoder.vae
     fitted, again = fit_preview(vae), fit_preview(vae)
     assert torch.equal(fitted.weights, again.weights)
@@ -107,7 +110,9 @@ def test_other_tensors_are_refused(demo: ZImagePipeline, latents: Any) -> None:
         demo.preview(latents)
 
 
-def test_half_precision_has_previews(turbo_folder: Path) -> None:
+def test_half_precision_has_previews(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of smaller patterns: a CPU without instructions for half precision is slow with it."""
+    monkeypatch.setattr("zimage.models.preview.SIDE", 64)
     pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="bfloat16", device="cpu")
     assert pipe.preview(torch.zeros(1, 16, 8, 12)).size == (12, 8)
 

@@ -133,7 +133,7 @@ def test_an_overflow_is_computed_in_float32(noise: Callable[..., Tensor]) -> Non
 def test_a_decode(base: ZImagePipeline, device: torch.device, noise: Callable[..., Tensor], dtype: torch.dtype) -> None:
     vae = copy.deepcopy(base.autoencoder.vae).to(device, dtype)
     assert isinstance(vae, AutoencoderKL)
-    latents = noise(1, 16, 6, 5)
+    latents = noise(1, 16, 3, 2)
     pictures = []
     for mode in ("on", "off"):
         with using(mode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from zimage.kernels import fused, rounding
 from zimage.kernels.switch import using
 from zimage.models.precision import Float32Math
 from zimage.models.transformer import ZImageTransformer
+from zimage.testing import build_checkpoint
+from zimage.testing.configs import SIZES
 
 DTYPES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """And how far apart two forwards may be, relative to their norm."""
 NAMES = ("normalize", "add_normalized", "add_then_normalize", "rotate_normalized", "gate")
+
+
+@pytest.fixture(scope="module")
+def turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four blocks: one refiner of each kind and two layers, of which the last rounds no activations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", replace(SIZES["tiny"], n_refiner_layers=1))
+        return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "turbo")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +122,8 @@ def test_what_is_hooked_is_called(own_turbo: ZImagePipeline, device: torch.devic
     assert calls == dict.fromkeys(watched, 2)
     assert distance(result, expected) <= 1e-5
     torch.testing.assert_close(kept[0], before, rtol=1e-4, atol=1e-5)
-    # Of six blocks one does in torch what its hooks look at; its keys and its feed-forward are normalised on their own.
-    assert kernels == {"normalize": 7, "add_normalized": 6, "add_then_normalize": 5, "rotate_normalized": 5, "gate": 6}
+    # One block of four does in torch what its hooks look at; its keys and feed-forward are normalised on their own.
+    assert kernels == {"normalize": 5, "add_normalized": 4, "add_then_normalize": 3, "rotate_normalized": 3, "gate": 4}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card has its own products: tests/gpu/test_rounding.py")
@@ -145,8 +156,8 @@ def test_rows_are_rounded_where_they_are_made(
     with using("on"):
         result = forward(transformer, device)
     assert distance(result, expected) <= 0.03  # a last bit of half precision can be a step of 8 bits
-    # One block of six rounds: what attention gives is rounded on its own, all else by the kernel that makes it.
+    # One block of four rounds: what attention gives is rounded on its own, all else by the kernel that makes it.
     rows = calls.pop("quantize")
     assert rows == 1
     assert calls == ({} if (kind, dtype) == ("float8", "bfloat16") else {"scale_product": 7})
-    assert kernels == dict.fromkeys(NAMES, 6)
+    assert kernels == dict.fromkeys(NAMES, 4)

@@ -138,7 +138,7 @@ def measured(pipe: ZImagePipeline) -> int:
     meter = AllocationMeter()
     meter.adopt(parameter for model in models for parameter in model.parameters() if id(parameter) not in away)
     with meter:  # the places of the ring are made within
-        pixels(pipe, height=512, width=512, num_inference_steps=2, seed=1, progress=False)
+        pixels(pipe, height=512, width=512, num_inference_steps=1, seed=1, progress=False)
     return meter.peak
 
 
@@ -201,8 +201,8 @@ def test_a_picture_decodes_in_as_many_strips_as_it_needs(
     folder: Path, resident: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(resident, slots=0)
-    need = next(stage.device for stage in fit_picture(plan, 512, 256, 512)[0].stages if stage.name == "decoding")
-    tight = load(folder, replace(plan, budget=replace(plan.budget, device=need - 2**20, name="tight")))
+    need = next(stage.device for stage in fit_picture(plan, 384, 128, 512)[0].stages if stage.name == "decoding")
+    tight = load(folder, replace(plan, budget=replace(plan.budget, device=need - 2**19, name="tight")))
     levels = []
     decode = tight.autoencoder.decode
 
@@ -211,8 +211,8 @@ def test_a_picture_decodes_in_as_many_strips_as_it_needs(
         return decode(latents, strip_levels)
 
     monkeypatch.setattr(tight.autoencoder, "decode", watched)
-    for height in (512, 256):
-        pixels(tight, **PICTURE | {"height": height, "width": 256, "num_inference_steps": 1})
+    for height in (384, 192):
+        pixels(tight, **PICTURE | {"height": height, "width": 128, "num_inference_steps": 1})
     assert levels == [1, 0]
 
 

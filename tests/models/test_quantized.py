@@ -17,6 +17,7 @@ from zimage.memory.peaks import predict
 from zimage.memory.ring import STAYS
 from zimage.models.quantized import NF4_LEVELS, SKIPPED, QuantizedLinear, quantize, quantize_rows
 from zimage.testing import build_checkpoint
+from zimage.testing.configs import SIZES
 
 KINDS = ("int8", "float8", "nf4")
 PICTURE: dict[str, Any] = {
@@ -165,7 +166,7 @@ def test_pictures_are_near_the_plain_ones(folder: Path, expected: Tensor, kind: 
     distance = (made - expected).norm() / expected.norm()
     assert 1e-4 < distance <= most
     assert pipe.weights == kind
-    assert pipe("a fox", **PICTURE).images[0].recipe.runtime["weights"] == kind  # type: ignore[union-attr]
+    assert pipe("a fox", **{**PICTURE, **SMALL}).images[0].recipe.runtime["weights"] == kind  # type: ignore[union-attr]
     for model in (pipe.text_encoder.model, pipe.transformer):
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear):
@@ -183,15 +184,15 @@ def test_weights_are_rounded_as_they_are_loaded(folder: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "source"), [("int8", "memory"), ("float8", "files"), ("nf4", "files")])
-def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str, source: str) -> None:
-    pipe = load(folder, weight_dtype=kind)
+def test_they_pass_through_the_device_with_the_same_bits(turbo_folder: Path, kind: str, source: str) -> None:
+    pipe = load(turbo_folder, weight_dtype=kind)
     made = latents(pipe, **SMALL)
     assert pipe.plan is not None
     placement = replace(
         pipe.plan.placement, text_encoder="streamed", resident_blocks=2, context_resident=False, slots=2,
         text_source=source, block_source=source,
     )  # fmt: skip
-    streamed = load(folder, memory=replace(pipe.plan, placement=placement))
+    streamed = load(turbo_folder, memory=replace(pipe.plan, placement=placement))
     assert streamed.weights == kind
     assert torch.equal(latents(streamed, **SMALL), made)
     pipe.enable_sequential_cpu_offload()
@@ -199,8 +200,11 @@ def test_they_pass_through_the_device_with_the_same_bits(folder: Path, kind: str
     assert torch.equal(latents(pipe, **SMALL), made)
 
 
-def test_bfloat16_files_stay_so_where_float32_does_not_fit(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_bfloat16_files_stay_so_where_float32_does_not_fit(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a word, since it is the same picture; streamed too."""
+    monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], n_layers=2, n_refiner_layers=1, text_layers=3))
     folder = build_checkpoint(tmp_path / "model", size="small", dtype="bfloat16")
     full = load(folder)
     made = latents(full, **SMALL)

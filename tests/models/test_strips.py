@@ -39,8 +39,8 @@ def test_strips_of_any_height(base: ZImagePipeline, rows: int) -> None:
 def test_half_precision_is_as_far_from_float32_as_a_whole_decode(base_folder: str) -> None:
     wide = ZImagePipeline.from_pretrained(base_folder, device="cpu", dtype="float32").autoencoder
     half = ZImagePipeline.from_pretrained(base_folder, device="cpu", dtype="bfloat16").autoencoder
-    exact = wide.decode(latents(40, 20))
-    whole, strips = ((half.decode(latents(40, 20), levels).float() - exact).square().mean().sqrt() for levels in (0, 2))
+    exact = wide.decode(latents(34, 8))
+    whole, strips = ((half.decode(latents(34, 8), levels).float() - exact).square().mean().sqrt() for levels in (0, 2))
     assert 0.001 < whole < 0.01
     assert strips < 1.1 * whole
 
@@ -49,7 +49,7 @@ def test_less_memory(base: ZImagePipeline) -> None:
     peaks = []
     for levels in (0, 1, 2):
         with AllocationMeter() as meter:
-            base.autoencoder.decode(latents(160, 16), levels)
+            base.autoencoder.decode(latents(160, 8), levels)
         peaks.append(meter.peak)
     assert peaks[1] < 0.7 * peaks[0]
     assert peaks[2] < 0.7 * peaks[1]
@@ -109,7 +109,7 @@ def test_an_encode_in_strips_is_the_whole_one(base: ZImagePipeline, levels: int,
 
 def test_less_memory_to_encode(base: ZImagePipeline) -> None:
     peaks, latents = [], []
-    pixels, noise = torch.rand(1, 3, 1280, 128), torch.zeros(1, 16, 160, 16)
+    pixels, noise = torch.rand(1, 3, 1280, 64), torch.zeros(1, 16, 160, 8)
     for levels in (0, 1, 2):
         with AllocationMeter() as meter:
             latents.append(base.autoencoder.encode(pixels, noise, levels))

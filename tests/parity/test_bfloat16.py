@@ -50,7 +50,7 @@ def one_at_a_time(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(("positive", "negative"), LENGTHS)
-@pytest.mark.parametrize("size", [(80, 112), (256, 320)], ids=["35-tokens", "320-tokens"])
+@pytest.mark.parametrize("size", [(80, 112), (128, 192)], ids=["35-tokens", "96-tokens"])
 def test_same_bits_from_the_same_features(
     tiny: Pair, size: tuple[int, int], positive: int, negative: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,20 +76,20 @@ def test_same_bits_for_several_images_and_a_cap_on_guidance(tiny: Pair) -> None:
     assert capped.error <= 1e-6
 
 
-def test_same_bits_of_a_deeper_model_one_branch_at_a_time(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_of_more_and_wider_layers_one_branch_at_a_time(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     embeds, negative_embeds = small.embeds(20), small.embeds(50, seed=1)
     guided: dict[str, Any] = {
         "prompt_embeds": embeds,
         "negative_prompt_embeds": negative_embeds,
         "guidance": 4.0,
-        "height": 96,
-        "width": 96,
+        "height": 80,
+        "width": 80,
         "steps": 1,
     }
     batched = small.run(**guided)
     monkeypatch.setattr(small.theirs.transformer, "forward", one_at_a_time(small.theirs.transformer.forward))
     separate = small.run(**guided)
-    assert small.run(prompt_embeds=embeds, height=96, width=96, steps=1).identical
+    assert small.run(prompt_embeds=embeds, height=80, width=80, steps=1).identical
     assert separate.identical
     assert torch.equal(batched.ours, separate.ours)
     assert batched.rms_error <= 0.1
@@ -115,11 +115,12 @@ def test_own_text_encoder(pairs: Pairs, prompt: str) -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> ZImageTransformer:
-    """One block of each kind in the real widths: 0.55 billion parameters, of which those of one shape are the same."""
+    """One block with and one without modulation in the real widths; parameters of one shape are the same."""
     drawn: dict[tuple[torch.Size, float], torch.nn.Parameter] = {}
     config = transformer_config(replace(SIZES["real"], n_layers=1, n_refiner_layers=1), "")
     with torch.device("meta"):
         transformer = ZImageTransformer(**{name: value for name, value in config.items() if name[0] != "_"})
+    transformer.noise_refiner = torch.nn.ModuleList()  # its blocks are those of `layers`
     for module in transformer.modules():
         for name, parameter in module.named_parameters(recurse=False):
             bound = (3 / parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.5
@@ -135,18 +136,15 @@ def wide() -> ZImageTransformer:
 def test_real_widths(wide: ZImageTransformer) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 8, 8, generator=generator)
-    features = [torch.randn(length, 2560, generator=generator).bfloat16() for length in (20, 50)]
+    features = [torch.randn(length, 2560, generator=generator).bfloat16() for length in (20, 30)]
     time = torch.tensor([0.3])
     image = latents[0][:, None].bfloat16()
     with torch.no_grad():
         alone = wide([image], time, features[:1], return_dict=False)[0][0][:, 0]
-        batched = [one[:, 0].float() for one in wide([image] * 2, time.repeat(2), features, return_dict=False)[0]]
+        batched = wide([image] * 2, time.repeat(2), features, return_dict=False)[0][0][:, 0]
         (modulation,) = wide.modulations(time)
-        ours = []
-        for one in features:
-            caption = wide.encode_caption(one)
-            ours.append(wide.denoise(latents, caption, wide.grid(8, 8, caption.length), modulation)[0])
-    assert torch.equal(ours[0], alone)
+        caption = wide.encode_caption(features[0])
+        ours = wide.denoise(latents, caption, wide.grid(8, 8, caption.length), modulation)[0]
+    assert torch.equal(ours, alone)
     assert 0.3 < alone.float().std() < 3.0
-    for mine, theirs in zip(ours, batched, strict=True):
-        assert (mine.float() - theirs).norm() <= 1e-2 * theirs.norm()
+    assert (ours.float() - batched.float()).norm() <= 1e-2 * batched.float().norm()
