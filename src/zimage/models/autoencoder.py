@@ -41,7 +41,7 @@ class Autoencoder:
         `NonFiniteError` if the pixels are not finite in float32 either.
         """
         config = self.vae.config
-        scaled = latents.to(_type_of(self.vae)) / config.scaling_factor + (config.shift_factor or 0.0)
+        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
         # Convolutions keep their input's layout; on a CPU this one is 1.2 times as fast, in bfloat16 up to 2.6 times.
         scaled = scaled.contiguous(memory_format=torch.channels_last)
         pixels = finite(lambda: self._pixels(scaled, strip_levels), "the image decoder")
@@ -60,7 +60,7 @@ class Autoencoder:
         # thousandth of the latents.
         plain = pixels.device.type == "cpu" and not used(pixels.device)
         layout = torch.contiguous_format if plain else torch.channels_last
-        wide = (pixels * 2.0 - 1.0).to(_type_of(self.vae)).contiguous(memory_format=layout)
+        wide = (pixels * 2.0 - 1.0).to(self.vae.dtype).contiguous(memory_format=layout)
         moments = finite(lambda: self._moments(wide, strip_levels), "the image encoder")
         posterior = DiagonalGaussianDistribution(moments.float())
         sampled = posterior.mean if noise is None else posterior.mean + posterior.std * noise
@@ -85,11 +85,6 @@ def to_image(pixels: Tensor) -> Image.Image:
     """Pixels (1, 3, H, W) in [0, 1] as an 8-bit RGB image."""
     array = pixels[0].permute(1, 2, 0).float().mul(255).round().to(torch.uint8).cpu().numpy()  # (H, W, 3)
     return Image.fromarray(array)
-
-
-def _type_of(vae: Any) -> torch.dtype:
-    """As `vae.dtype`, for which diffusers looks at every parameter: a tenth of a small picture's time."""
-    return next(vae.parameters()).dtype
 
 
 def _is_plain(vae: Any) -> bool:
