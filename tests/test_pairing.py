@@ -211,6 +211,41 @@ def test_a_picture_that_leaves_no_room_for_what_is_beside_the_other_model_is_ref
         relay.base._fit(request.base)
 
 
+@pytest.mark.parametrize("what", ["net", "ink.safetensors"])
+def test_layers_of_the_other_model_that_cannot_be_moved_leave_plans_that_are_true(
+    base_folder: Path,
+    turbo_folder: Path,
+    expected: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """What was moved for it before stays so, nothing that is not loaded is counted, and it can be tried again."""
+    net, name = build_controlnet(tmp_path / "net", version="1.0"), "layers.0.attention.to_q.lora"
+    ink = {f"{name}_A.weight": torch.ones(500, 64), f"{name}_B.weight": torch.zeros(64, 500)}
+    save_file(ink, tmp_path / "ink.safetensors")
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    whole = load(base_folder, turbo_folder).plan
+    assert whole is not None
+    with load(base_folder, turbo_folder, memory=int((whole.device_peak + 100_000) / 0.9)) as relay:
+        put = relay.base.load_controlnet if what == "net" else relay.base.load_adapter
+        with monkeypatch.context() as patch:
+            patch.setattr(relay.turbo._residency, "place", out_of_memory)
+            with pytest.raises(NotEnoughMemory, match="memory ran out while"):
+                put(tmp_path / what)
+        placements = [pipe.plan.placement for pipe in (relay.base, relay.turbo) if pipe.plan]
+        assert [one.text_encoder for one in placements] == ["streamed", "resident"]
+        assert all(one.is_meta for one in relay.base.text_encoder.model.layers.parameters())
+        assert [pipe.plan.sizes.adapters for pipe in (relay.base, relay.turbo) if pipe.plan] == [0, 0]
+        assert torch.equal(draw(relay, negative_prompt="blurry"), expected)
+        put(net if what == "net" else tmp_path / what)
+        assert relay.turbo.plan is not None
+        assert relay.turbo.plan.placement.text_encoder == "streamed"
+
+
 def test_what_does_not_fit_beside_the_other_model_leaves_no_trace(
     base_folder: Path, turbo_folder: Path, tmp_path: Path
 ) -> None:

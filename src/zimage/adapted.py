@@ -99,6 +99,7 @@ class Adapted(Placed):
             except BaseException as error:
                 if called not in self._strengths and called in self._attachments.names:
                     self._attachments.detach(called)
+                    self._account()
                 if isinstance(error, Exception) and is_out_of_memory(error):
                     raise NotEnoughMemory(f"memory ran out while the adapter {called!r} was loaded") from error
                 raise
@@ -255,7 +256,10 @@ class Adapted(Placed):
 
     def _make_room(self, name: str) -> None:
         """Count what is attached in the plan, and in that of a model beside; where it does not fit, more of the model
-        passes through the device than before."""
+        passes through the device than before.
+
+        What was moved stays so if the rest fails; whoever then lets go of what is attached lets the plans count again.
+        """
         before = [(one, one._plan) for one in self._sharing if one._plan is not None]
         try:
             plans = [
@@ -268,8 +272,6 @@ class Adapted(Placed):
                 else:
                     one._plan = plan
         except NotEnoughMemory as error:
-            for one, old in before:
-                one._plan = old
             raise NotEnoughMemory(
                 f"{name} does not fit: {error}; load the model with more memory, or delete other adapters"
             ) from error
