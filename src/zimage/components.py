@@ -6,12 +6,15 @@ Parts are shared, never copied. Knows configurations and modules, not what is co
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+from .checkpoint.configs import SAMPLER_KEY
 from .errors import CheckpointError
 from .models.text_encoder import with_last_layer
 from .models.transformer import PATCH, TOKEN_MULTIPLE
-from .rules import Limits, native_side
+from .rules import Limits, check_sampler, native_side
+from .variants import Variant, get_variant
 
 NAMES = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 
@@ -58,6 +61,20 @@ def shift_of(scheduler: Any) -> float:
     return float(shift)
 
 
+def drawn_with(variant: Variant, sampler: str | None, scheduler: Any) -> Variant:
+    """`variant` with the sampler that this model is best drawn with: `sampler`, else what its scheduler's config names.
+
+    `RequestError` for others than there are.
+    """
+    named = getattr(getattr(scheduler, "config", None), SAMPLER_KEY, None) if sampler is None else sampler
+    return variant if named is None else replace(variant, sampler=check_sampler(named))
+
+
+def own_sampler(variant: Variant) -> str | None:
+    """The sampler of a model, if it is not that of every model of its variant."""
+    return None if variant.sampler == get_variant(variant.name).sampler else variant.sampler
+
+
 def parts_of(pipeline: Any) -> dict[str, Any]:
     """The parts of a diffusers Z-Image pipeline; raises `CheckpointError` if it is another or lacks one."""
     missing = [name for name in NAMES if getattr(pipeline, name, None) is None]
@@ -68,13 +85,21 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
     return {name: getattr(pipeline, name) for name in NAMES}
 
 
-def to_diffusers(*, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, shift: float) -> Any:
-    """A diffusers `ZImagePipeline` over the same modules; the text encoder's unread last layer does nothing there."""
+def to_diffusers(
+    *, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, shift: float, sampler: str | None = None
+) -> Any:
+    """A diffusers `ZImagePipeline` over the same modules; the text encoder's unread last layer does nothing there.
+
+    It draws by Euler's method; a model's own `sampler` stays in its scheduler's config.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers import ZImagePipeline as DiffusersPipeline
 
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    if sampler is not None:
+        scheduler.register_to_config(**{SAMPLER_KEY: sampler})
     return DiffusersPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
+        scheduler=scheduler,
         vae=vae,
         text_encoder=with_last_layer(text_encoder),
         tokenizer=tokenizer,

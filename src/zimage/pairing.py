@@ -131,6 +131,7 @@ def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch
         lender.text_encoder.tokenizer,
         parts.transformer,
         variant=TURBO.name,
+        sampler=parts.sampler,
         model=described(place),
         folder=place.folder,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import components, runtime
-from .checkpoint.configs import read_shift
+from .checkpoint.configs import read_schedule
 from .checkpoint.inspect import fingerprint
 from .checkpoint.load import Components, load_components
 from .checkpoint.locate import Location, locate
@@ -57,13 +57,15 @@ class Parts(Controlled):
         transformer: Any,
         *,
         variant: str | None = None,
+        sampler: str | None = None,
         model: Mapping[str, str] | None = None,
         folder: Path | None = None,
         files: Mapping[str, Path] | None = None,
     ) -> None:
         self.shift = components.shift_of(scheduler)
         self.model = {**_UNKNOWN_MODEL, **(model or {})}
-        self.variant = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
+        detected = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
+        self.variant = components.drawn_with(detected, sampler, scheduler)
         self._folder, self._files = folder, dict(files or {})
         inner = without_last_layer(text_encoder)
         components.check_parts(inner.config, transformer.config, vae.config)
@@ -141,7 +143,8 @@ class Parts(Controlled):
             token=token,
             local_files_only=local_files_only,
         )
-        detect_variant(variant=variant, hub_id=place.hub_id, shift=read_shift(place.folder))  # asks before loading
+        shift, _ = read_schedule(place.folder)
+        detect_variant(variant=variant, hub_id=place.hub_id, shift=shift)  # asks before loading
         before = held_memory(target)
         asked: dict[str, Any] = {"weights": weight_dtype, "quantize_activations": quantize_activations}
         make = partial(_plan, memory=memory, dtype=precision, device=target, asked=asked)
@@ -162,6 +165,7 @@ class Parts(Controlled):
             parts.tokenizer,
             parts.transformer,
             variant=variant,
+            sampler=parts.sampler,
             model=described(place),
             folder=place.folder,
             files=place.files,
@@ -191,6 +195,7 @@ class Parts(Controlled):
             tokenizer=self.text_encoder.tokenizer,
             transformer=self.transformer,
             shift=self.shift,
+            sampler=components.own_sampler(self.variant),
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
@@ -203,6 +208,7 @@ class Parts(Controlled):
             vae=self.autoencoder.vae,
             shift=self.shift,
             folder=self._folder,
+            sampler=components.own_sampler(self.variant),
             files=self._files,
         )
         self._require_plain("saved")

@@ -55,6 +55,7 @@ class ZImagePipeline(Recorded):
         tokenizer: its tokenizer.
         transformer: diffusers' `ZImageTransformer2DModel`.
         variant: "base" or "turbo"; by default what the shift tells.
+        sampler: of pictures that ask for none; by default what the scheduler's config names, else "euler".
 
     The components are used as they are, shared and not copied. `CheckpointError` if they do not belong together.
     """

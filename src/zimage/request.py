@@ -16,8 +16,8 @@ from .errors import RequestError
 from .hires import Hires, resolve_hires
 from .rules import (
     MAX_SEED,
-    SAMPLERS,
     Limits,
+    check_sampler,
     integer,
     is_tensor,
     resolve_adapters,
@@ -116,9 +116,7 @@ class GenerationRequest:
         sigmas = resolve_sigmas(self.sigmas)
         prompt, negative_prompt = resolve_texts(self)
         guidance = resolve_guidance(self, variant)
-        sampler = variant.sampler if self.sampler is None else self.sampler
-        if sampler not in SAMPLERS:
-            raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        sampler = check_sampler(variant.sampler if self.sampler is None else self.sampler)
         steps = resolve_steps(self.num_inference_steps, sigmas, variant)
         shift = variant.shift if shift is None else shift
         check_steps(steps, editing)

@@ -133,6 +133,13 @@ def _sides_of(canvas: tuple[int, int], asked: tuple[int | None, int | None], ste
     return [max(step, own // step * step) for own in canvas]
 
 
+def check_sampler(name: Any) -> str:
+    """`name`, if a sampler is called so."""
+    if name not in SAMPLERS:
+        raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    return str(name)
+
+
 def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:
     if sigmas is None:
         return ()

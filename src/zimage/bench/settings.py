@@ -112,6 +112,7 @@ class Settings:
             height=side if self.height is None else self.height,
             width=side if self.width is None else self.width,
             num_inference_steps=steps if self.steps is None else self.steps,
+            sampler="euler",  # diffusers'
             any_size=True,
         )
         asked.resolve(variant)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..rules import SAMPLERS
 from .fields import Field, exactly, flag, integer, integers, number, read_config, read_fields, refuse
 from .reading import shown
 
@@ -38,8 +39,13 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 _LATENT_CHANNELS = integer(1, 1024)
 
+SAMPLER_KEY = "_sampler"
+"""Where `scheduler_config.json` may name the sampler that the model is best drawn with. diffusers, which has no place
+for it, passes over keys that begin so."""
+
 _SCHEDULER_FIELDS: dict[str, Field] = {
     "shift": number(0, 1e4),
+    SAMPLER_KEY: exactly(*SAMPLERS, default=None),
     "num_train_timesteps": exactly(1000, default=1000),
     "use_dynamic_shifting": exactly(False, default=False),
     "use_karras_sigmas": exactly(False, None, default=False),
@@ -143,6 +149,8 @@ class Configs:
 
     classes: dict[str, str] | None
     shift: float | None
+    sampler: str | None
+    """What the scheduler's config names; None where it names none."""
     transformer: dict[str, Any] | None
     text_encoder: dict[str, Any] | None
     vae: dict[str, Any] | None
@@ -150,11 +158,11 @@ class Configs:
 
 def read_configs(folder: Path, problems: Problems) -> Configs:
     """Read all configs of the checkpoint in `folder`; what is wrong with them goes to `problems`."""
-    classes = shift = transformer = text_encoder = vae = None
+    classes = shift = sampler = transformer = text_encoder = vae = None
     with problems.collected():
         classes = read_model_index(folder)
     with problems.collected():
-        shift = read_shift(folder)
+        shift, sampler = read_schedule(folder)
     with problems.collected():
         transformer = read_transformer(folder / "transformer" / "config.json")
     with problems.collected():
@@ -167,7 +175,9 @@ def read_configs(folder: Path, problems: Problems) -> Configs:
     if transformer and vae:
         with problems.collected():
             _agree(folder, "in_channels", transformer, "vae", "latent_channels", vae)
-    return Configs(classes=classes, shift=shift, transformer=transformer, text_encoder=text_encoder, vae=vae)
+    return Configs(
+        classes=classes, shift=shift, sampler=sampler, transformer=transformer, text_encoder=text_encoder, vae=vae
+    )
 
 
 def read_model_index(folder: Path) -> dict[str, str]:
@@ -188,11 +198,13 @@ def read_model_index(folder: Path) -> dict[str, str]:
     return {name: index[name][1] for name in CLASSES}
 
 
-def read_shift(folder: Path) -> float:
-    """The static shift of the schedule; a scheduler that would make other sigmas than zimage does is refused."""
+def read_schedule(folder: Path) -> tuple[float, str | None]:
+    """The static shift of the schedule, and the sampler that is named beside it, if one is; a scheduler that would make
+    other sigmas than zimage does is refused."""
     path = folder / SCHEDULER
     fields = _with_class(_SCHEDULER_FIELDS, "scheduler")
-    return float(read_fields(path, fields, others="refuse")["shift"])
+    read = read_fields(path, fields, others="refuse")
+    return float(read["shift"]), read[SAMPLER_KEY]
 
 
 def read_transformer(path: Path) -> dict[str, Any]:

@@ -57,14 +57,15 @@ class ComponentInspection:
 class Inspection:
     """A checkpoint as it lies on disk. Without `problems` it loads, as long as its values are finite numbers.
 
-    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `fingerprint` is None
-    where weights cannot be read.
+    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `sampler` is None where
+    it names none, so that the variant's is used; `fingerprint` is None where weights cannot be read.
     """
 
     folder: str
     variant: str | None
     variant_reason: str | None
     shift: float | None
+    sampler: str | None
     components: tuple[ComponentInspection, ...]
     fingerprint: str | None
     problems: tuple[str, ...]
@@ -96,6 +97,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
         variant=variant,
         variant_reason=variant_reason,
         shift=found.configs.shift,
+        sampler=found.configs.sampler,
         components=tuple(_component(found, name) for name in PARTS),
         fingerprint=identity,
         problems=tuple(problems),

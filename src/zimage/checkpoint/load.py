@@ -50,6 +50,8 @@ class Components:
     vae: AutoencoderKL
     shift: float
     folder: Path | None
+    sampler: str | None = None
+    """What its checkpoint says that it is best drawn with; None is the variant's."""
     files: Mapping[str, Path] = field(default_factory=dict)
     plan: Plan | None = None
     layers: tuple[Layer, ...] = ()
@@ -124,6 +126,7 @@ def _load(
         vae=found.blanks["vae"].module,
         shift=configs.shift,
         folder=found.folder,
+        sampler=configs.sampler,
         files=found.files,
         plan=plan,
         layers=tuple(layers),

@@ -48,8 +48,8 @@ def inspect(
 
 
 def _print_inspection(found: Inspection) -> None:
-    shift = "" if found.shift is None else f" (shift {found.shift:g})"
-    print(f"variant: {found.variant}{shift}" if found.variant else f"variant: unknown: {found.variant_reason}")
+    schedule = "" if found.shift is None else f" (shift {found.shift:g}{_sampler(found)})"
+    print(f"variant: {found.variant}{schedule}" if found.variant else f"variant: unknown: {found.variant_reason}")
     rows = [("component", "class", "parameters", "size", "types", "files")]
     for part in found.components:
         size = f"{part.bytes / 2**20:.1f} MiB"
@@ -59,6 +59,10 @@ def _print_inspection(found: Inspection) -> None:
     print(f"fingerprint: {found.fingerprint or 'unknown'}")
     for problem in found.problems:
         print(f"problem: {problem}")
+
+
+def _sampler(found: Inspection) -> str:
+    return "" if found.sampler is None else f", sampler {found.sampler}"
 
 
 def _row(variant: Variant) -> tuple[str, ...]:
