@@ -54,7 +54,10 @@ class Subject:
         self.name, self.pipe = name, ZImagePipeline.from_pretrained(name, device="cpu", **options)
         variant = self.pipe.variant
         self.recipe = Recipe(
-            steps=variant.num_inference_steps, shift=self.pipe.shift, guidance_scale=variant.guidance_scale
+            steps=variant.num_inference_steps,
+            shift=self.pipe.shift,
+            sampler=variant.sampler,
+            guidance_scale=variant.guidance_scale,
         )
 
     def right(self, kind: str, language: str, count: int, **changes: Any) -> float:

@@ -39,6 +39,7 @@ from zimage.models.autoencoder import to_image
 from zimage.models.transformer import TOKEN_MULTIPLE
 from zimage.sampling.guidance import guide
 from zimage.sampling.noise import seeded_noise
+from zimage.sampling.samplers import SAMPLERS, sample
 from zimage.sampling.schedule import model_timesteps
 from zimage.training import judge
 from zimage.training.captions import evaluation_captions
@@ -159,9 +160,10 @@ class Drawer:
     def _finished(self, latents: Tensor, ids: list[list[int]], levels: list[float]) -> Tensor:
         """Turbo's steps, if it has any."""
         if levels:
-            velocity = self._plain(self.relay.turbo, ids, levels)
-            for sigma, following in pairwise(levels):
-                latents = latents + (following - sigma) * -velocity(latents, sigma)
+            predicted = self._plain(self.relay.turbo, ids, levels)
+            sampler = SAMPLERS[self.relay.turbo.variant.sampler]
+            for step in sample(sampler, lambda noisy, sigma: -predicted(noisy, sigma), latents, levels):
+                latents = step.latents
         return latents
 
     def _guided(self, ids: list[list[int]], negatives: list[str] | None, levels: list[float]) -> Velocity:

@@ -15,7 +15,7 @@ FOLDER = Path(zimage.__file__).parent / "demo"
 MOST_BYTES = 16 * 10**6
 DIGESTS = {
     "demo": "22182654e6f7b702910c489a674694b5fff155d3e93271e8e1a57a03653d0c09",
-    "demo-turbo": "e3fc3dc1ba3654123108187b1bdaf2202740b0174166e55c5481561a8698311e",
+    "demo-turbo": "cf96056ae9591f580cc4ea42e13f9f202a05fcded39697816f2eedcf4ce4bc20",
 }
 """SHA-256 over the names and contents of all files."""
 
@@ -63,6 +63,7 @@ def test_turbo_has_the_recipe_of_a_turbo() -> None:
     request = pipe.resolve(zimage.GenerationRequest("a red circle"))
     assert (request.variant, request.width, request.height) == ("turbo", 128, 128)
     assert (request.num_inference_steps, request.guidance_scale, request.shift) == (8, 0.0, 3.0)
+    assert request.sampler == "dpmpp_2m"  # what it says itself that it is best drawn with
 
 
 def test_a_name_means_the_demo_even_where_a_folder_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

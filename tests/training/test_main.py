@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from zimage import ZImagePipeline
+from zimage.checkpoint.inspect import inspect_checkpoint
 from zimage.training import __main__ as command
 from zimage.training import config, gathering
 from zimage.training.config import CorrectionStage, DistillationStage, FlowStage, ModelSize
@@ -77,6 +78,7 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     assert ZImagePipeline.from_pretrained(tmp_path / "demo", device="cpu").limits.native_side == 128
     run(monkeypatch, "distill", tmp_path, "--model", "demo-turbo", "--steps", 2, "--batch", 2)
     run(monkeypatch, "export", tmp_path, "--variant", "turbo")
+    assert [inspect_checkpoint(tmp_path / name).sampler for name in ("demo", "demo-turbo")] == [None, "dpmpp_2m"]
     student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", tmp_path / "demo"))
     assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
     teacherless = tmp_path / "teacherless"
@@ -93,8 +95,8 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     capsys.readouterr()
     run(monkeypatch, "evaluate", tmp_path, "--count", 1, "--sampling-steps", 1, "--guidance", 0)
     figures = json.loads(capsys.readouterr().out)
-    assert {"steps": 1, "guidance": 0.0}.items() <= figures.items()
-    assert set(figures) == {"steps", "guidance", "single en", "single zh", "pair en", "pair zh"}
+    assert {"steps": 1, "sampler": "euler", "guidance": 0.0}.items() <= figures.items()
+    assert set(figures) == {"steps", "sampler", "guidance", "single en", "single zh", "pair en", "pair zh"}
 
 
 def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

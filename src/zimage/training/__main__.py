@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RequestError, ZImageError
+from ..rules import check_sampler
 from .config import FlowStage, Stage, Training
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
@@ -114,10 +115,10 @@ def evaluate(options: argparse.Namespace) -> None:
     pipe = _pipeline(options)
     steps = options.sampling_steps or pipe.variant.num_inference_steps
     guidance = pipe.variant.guidance_scale if options.guidance is None else options.guidance
-    recipe = Recipe(steps=steps, shift=pipe.shift, guidance_scale=guidance)
-    print(
-        json.dumps({"steps": steps, "guidance": guidance, **evaluate(pipe, options.count or 50, options.seed, recipe)})
-    )
+    sampler = check_sampler(options.sampler or pipe.variant.sampler)
+    recipe = Recipe(steps=steps, shift=pipe.shift, sampler=sampler, guidance_scale=guidance)
+    right = evaluate(pipe, options.count or 50, options.seed, recipe)
+    print(json.dumps({"steps": steps, "sampler": sampler, "guidance": guidance, **right}))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -161,6 +162,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "variant": (("evaluate", "export"), {"choices": ("base", "turbo"), "help": "of the folder's two; base"}),
     "count": (("gather", "evaluate"), {"type": int, "help": "corrections; captions of each kind and language, 50"}),
     "sampling-steps": (("evaluate",), {"type": int, "help": "denoising steps; as the recipe has it"}),
+    "sampler": (("evaluate",), {"help": "euler, heun or dpmpp_2m; as the recipe has it"}),
     "guidance": (("evaluate",), {"type": float, "help": "guidance scale; as the recipe has it"}),
 }
 """The stages that take each option, and what argparse is told of it."""

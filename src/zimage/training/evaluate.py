@@ -18,7 +18,7 @@ from ..models.autoencoder import to_image
 from ..models.transformer import TOKEN_MULTIPLE
 from ..sampling.guidance import guide, is_guided
 from ..sampling.noise import seeded_noise
-from ..sampling.samplers import euler, sample
+from ..sampling.samplers import SAMPLERS, sample
 from ..sampling.schedule import model_timesteps, shifted_sigmas
 from . import judge
 from .captions import evaluation_captions
@@ -37,6 +37,7 @@ class Recipe:
 
     steps: int
     shift: float
+    sampler: str = "euler"
     guidance_scale: float = 0.0
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
@@ -103,7 +104,7 @@ def _sample(pipe: Any, ids: list[list[int]], seeds: list[int], recipe: Recipe) -
         other = transformer.denoise(noisy, negative, grid, modulations[sigma])
         return -guide(prediction, other, recipe.guidance_scale, recipe.cfg_normalization)
 
-    for step in sample(euler, velocity, latents, levels.tolist()):
+    for step in sample(SAMPLERS[recipe.sampler], velocity, latents, levels.tolist()):
         latents = step.latents
     return latents
 

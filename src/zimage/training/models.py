@@ -20,9 +20,9 @@ from transformers import Qwen3Config, Qwen3Model
 from ..models.precision import cast, choose_dtype
 from ..models.transformer import PATCH, ZImageTransformer
 from ..pipeline import ZImagePipeline
-from ..variants import get_variant
+from ..variants import TURBO, get_variant
 from .alignment import Reader
-from .config import LATENT_CHANNELS, ModelSize
+from .config import LATENT_CHANNELS, TURBO_SAMPLER, ModelSize
 from .state import fill
 from .tokenizer import load_tokenizer
 
@@ -186,6 +186,7 @@ def make_pipeline(
         load_tokenizer(tokenizer),
         _copied(painter.transformer, dtype),
         variant=variant,
+        sampler=TURBO_SAMPLER if variant == TURBO.name else None,
     )
 
 
