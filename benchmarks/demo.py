@@ -101,7 +101,12 @@ def main() -> None:
 def described(subjects: Sequence[Subject]) -> Row:
     """What the figures depend on."""
     models = {
-        one.name: {"fingerprint": one.pipe.model["fingerprint"], "dtype": str(one.pipe.dtype)} for one in subjects
+        one.name: {
+            "fingerprint": one.pipe.model["fingerprint"],
+            "dtype": str(one.pipe.dtype),
+            "sampler": one.recipe.sampler,
+        }
+        for one in subjects
     }
     return {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

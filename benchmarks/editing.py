@@ -106,7 +106,8 @@ def main() -> None:
                         f"{name} {table}: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True
                     )
             if arguments.output:
-                keep(arguments.output, f"{table}, {name}", {"model": pipe.model["fingerprint"], "rows": rows})
+                drawn = {"model": pipe.model["fingerprint"], "sampler": pipe.variant.sampler}
+                keep(arguments.output, f"{table}, {name}", {**drawn, "rows": rows})
 
 
 def keep(folder: Path, name: str, result: Row) -> None:

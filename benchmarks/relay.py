@@ -281,6 +281,7 @@ def keep(arguments: argparse.Namespace, relay: Relay, row: Row) -> None:
         "torch": torch.__version__,
         "dtype": str(relay.base.dtype),
         "models": {pipe.model["source"]: pipe.model["fingerprint"] for pipe in (relay.base, relay.turbo)},
+        "samplers": {pipe.model["source"]: pipe.variant.sampler for pipe in (relay.base, relay.turbo)},
         "captions": arguments.count,
         "seeds": arguments.seeds,
     }
