@@ -107,7 +107,8 @@ def main() -> None:
                     )
             if arguments.output:
                 drawn = {"model": pipe.model["fingerprint"], "sampler": pipe.variant.sampler}
-                keep(arguments.output, f"{table}, {name}", {**drawn, "rows": rows})
+                of = f", border {arguments.border}, seed {arguments.seed}" if table == "inpainting" else ""
+                keep(arguments.output, f"{table}, {name}{of}", {**drawn, "rows": rows})
 
 
 def keep(folder: Path, name: str, result: Row) -> None:
