@@ -42,7 +42,7 @@ def test_it_steers_and_is_replayed(zimage: Callable[..., Any], turbo: str, edges
     assert json.loads(ended.out)["same_bits"] is True
     ended = zimage("replay", "zimage-7.png")
     assert ended.code == 2
-    assert "pass control_image" in ended.err
+    assert "pass --control-image" in ended.err
     moved = shutil.move(net, tmp_path / "elsewhere.safetensors")
     ended = zimage("replay", "zimage-7.png", "--control-image", edges)
     assert ended.code == 1

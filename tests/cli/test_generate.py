@@ -156,11 +156,11 @@ def test_a_model_taken_from_the_cache_asks_no_hub(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "turbo", "--guidance", "3"], "guidance_scale must be 0 for Z-Image-Turbo"),
-        (["--model", "base", "--guidance", "nan"], "guidance_scale must be a number"),
+        (["--model", "turbo", "--guidance", "3"], "--guidance must be 0 for Z-Image-Turbo"),
+        (["--model", "base", "--guidance", "nan"], "--guidance must be a number"),
         (["--model", "turbo", "--negative", "x"], "a negative prompt has no effect"),
         (["--model", "turbo", "--seed", "-1"], "seed must be"),
-        (["--model", "turbo", "--count", "0"], "num_images_per_prompt must be"),
+        (["--model", "turbo", "--count", "0"], "--count must be"),
         (["--model", "turbo", "--sampler", "ddim"], "sampler must be one of"),
         (["--model", "folder", "--size", "1000"], "try 992 or 1008"),
         (["--model", "turbo", "--size", "big"], "--size must be"),

@@ -247,7 +247,7 @@ def test_a_picture_from_an_image_needs_it_again(zimage: Callable[..., Any], mode
         assert image.crop((16, 0, 144, 272)).tobytes() == before.crop((0, 0, 128, 272)).tobytes()
     ended = zimage("replay", "out.png", "--image", "in.png", "--mask-image", "mask.png")
     assert (ended.code, ended.out) == (0, "same bits\n"), ended.err
-    for images, said in ((("--image", "in.png"), "pass mask_image"), ((), "pass image"),
+    for images, said in ((("--image", "in.png"), "pass --mask"), ((), "pass --image"),
                          (("--image", "out.png", "--mask", "mask.png"), "this image is not the one")):  # fmt: skip
         ended = zimage("replay", "out.png", *images)
         assert (ended.code, ended.out) == (2, "")

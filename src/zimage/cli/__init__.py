@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,13 +23,10 @@ from .generate import generate
 from .options import State
 from .plan import plan
 from .replay import replay
+from .wording import as_options
 
 CANCELLED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
-_NAMES = ("any_size", "keep_steps", "variant", "dtype", "weight_dtype", "quantize_activations", "part", "overwrite")
-_PARAMETERS = re.compile(rf"\b({'|'.join(_NAMES)})=(?:True|'(\w+)')")
-_OTHERWISE = {"overwrite": "force"}
-"""Options that are not called as the parameter is."""
 
 app = typer.Typer(name="zimage", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(generate)
@@ -46,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     state = State()
     with warnings.catch_warnings():
-        _show_own_warnings_plainly()
+        _show_own_warnings_plainly(state)
         try:
             code = app(args=arguments, prog_name="zimage", standalone_mode=False, obj=state)
             if code == CANCELLED:
@@ -81,6 +77,7 @@ def options(
     """
     if isinstance(context.obj, State):
         context.obj.debug = debug
+        context.obj.options = _options_of(context)
     if version:
         print(__version__)
         raise typer.Exit
@@ -89,25 +86,22 @@ def options(
         raise typer.Exit(2)
 
 
+def _options_of(context: typer.Context) -> dict[str, str]:
+    """By parameter, the option of the command that is called: of several names the one that its help has first."""
+    command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
+    named = {one.name: [name for name in one.opts if name.startswith("--")] for one in getattr(command, "params", ())}
+    return {parameter: names[0] for parameter, names in named.items() if names}
+
+
 def _message(error: Exception, state: State) -> str:
     if isinstance(error, typer.Abort):
         return "cancelled, nothing written"
     if hasattr(error, "format_message"):  # a usage error; its class moved between versions of Typer
         return f"{error.format_message()} (see zimage --help)"
     if isinstance(error, ZImageError | OSError):
-        return _as_options(str(error))
+        return as_options(str(error), state.options)
     where = "" if state.debug else " (zimage --debug ... shows where)"
     return f"{type(error).__name__}: {error}{where}"
-
-
-def _as_options(text: str) -> str:
-    """The text with parameters that Python takes, `any_size=True`, as the options that this command takes for them."""
-    return _PARAMETERS.sub(
-        lambda found: (
-            f"--{_OTHERWISE.get(found[1], found[1]).replace('_', '-')}{'' if found[2] is None else f' {found[2]}'}"
-        ),
-        text,
-    )
 
 
 def _exit_code(error: Exception) -> int:
@@ -123,13 +117,13 @@ def _one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def _show_own_warnings_plainly() -> None:
+def _show_own_warnings_plainly(state: State) -> None:
     """Let a `ZImageWarning` be one line as errors are; others look as Python shows them."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         if issubclass(category, ZImageWarning):
-            print(f"zimage: warning: {_one_line(_as_options(str(message)))}", file=sys.stderr)
+            print(f"zimage: warning: {_one_line(as_options(str(message), state.options))}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)  # type: ignore[arg-type]
 

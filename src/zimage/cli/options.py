@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,9 +28,10 @@ MAX_PROMPT_BYTES = 2**20
 
 @dataclass
 class State:
-    """What the command line as a whole was told."""
+    """What the command line as a whole was told; `options` has the option of each parameter of the command called."""
 
     debug: bool = False
+    options: dict[str, str] = field(default_factory=dict)
 
 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
