@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_where_guidance_ends_no_step_is_predicted_from_guided_ones(truncation: f
     ("variant", "options", "message"),
     [
         (TURBO, {}, "cache has no use on Z-Image-Turbo.*leave it out, or use the base model"),
-        (BASE, {"sampler": "heun"}, r"one evaluation \(euler and dpmpp_2m\), got sampler='heun'"),
+        (BASE, {"sampler": "heun"}, r"one evaluation \(euler and dpmpp_2m\), got sampler='heun'; pass sampler='euler'"),
+        (replace(BASE, sampler="heun"), {}, "got 'heun', the model's own; pass sampler='euler'"),
         (BASE, {"num_inference_steps": 5}, "cache skips none of 5 steps; leave it out, or take more steps"),
         (BASE, {"num_inference_steps": 1}, "cache skips none of 1 steps"),
         (BASE, {"cache": "fast"}, "cache must be 'balanced' or a list of steps, got 'fast'"),

@@ -37,9 +37,10 @@ def resolve_cache(
             f"cache has no use on {variant.title}: each of its few steps counts; leave it out, or use the base model"
         )
     if sampler not in ONE_EVALUATION:
+        came = f"{sampler!r}, the model's own" if sampler == variant.sampler else f"sampler={sampler!r}"
         raise RequestError(
-            f"cache predicts steps of one evaluation ({' and '.join(ONE_EVALUATION)}), got sampler={sampler!r}; "
-            "change one of them"
+            f"cache predicts steps of one evaluation ({' and '.join(ONE_EVALUATION)}), got {came}; "
+            f"pass sampler={ONE_EVALUATION[0]!r}, or leave cache out"
         )
     needed = _needed(levels, truncation)
     if isinstance(cache, str):

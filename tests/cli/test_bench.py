@@ -94,7 +94,11 @@ def test_results_that_differ_end_with_1(zimage: Command, monkeypatch: pytest.Mon
         (["--variant", "fast"], 2, "variant must be one of base, turbo, got 'fast'"),
         (["--height", "1000"], 2, "height must be a multiple of 16, got 1000; try 992 or 1008"),
         (["--model", "turbo", "--width", "1000"], 2, "width must be a multiple of 16, got 1000"),
-        (["--weight-dtype", "bfloat16"], 2, "--weight-dtype can be int8, float8, nf4 here, or left out; got 'bfloat16'"),
+        (
+            ["--weight-dtype", "bfloat16"],
+            2,
+            "--weight-dtype can be int8, float8, nf4 here, or left out; got 'bfloat16'",
+        ),
         (["--quantize-activations"], 2, "--quantize-activations needs --weight-dtype int8 or --weight-dtype float8"),
         (["--device", "tpu"], 2, "device 'tpu' cannot be used here"),
         (["--dtype", "int8", "--device", "cpu"], 2, "got 'int8'"),
