@@ -242,8 +242,46 @@ def test_a_callback_can_stop_its_own_call(base: ZImagePipeline, stop: str, count
     with count_forwards(base) as forwards, pytest.raises(Cancelled, match="stopped the picture after step 2"):
         drawn(base, callback, num_images_per_prompt=2)
     assert (len(handles), forwards["evaluation"]) == (2, 4)
-    assert not hasattr(base, "_interrupt")
+    assert not base._interrupt
     assert torch.equal(drawn(base, lambda *_: None), before)
+
+
+def test_the_pipeline_itself_is_not_stopped(base: ZImagePipeline) -> None:
+    """It draws for all callers; diffusers' scripts set this on it, which would do nothing."""
+    with pytest.raises(RequestError, match=r"first argument of the callback.*cancel=threading\.Event\(\)"):
+        base._interrupt = True
+    base._interrupt = False
+
+
+@pytest.mark.parametrize(
+    ("callback", "names", "changed"),
+    [
+        (scale_latents, ["latents"], ("latents",)),
+        (scale_latents_in_place, ["latents"], ("latents",)),
+        (replace_features_once, ["prompt_embeds"], ("prompt_embeds",)),
+        (shorten_both_features, [*CALLBACK_TENSORS], ("prompt_embeds", "negative_prompt_embeds")),
+        (lambda pipe, step, timestep, tensors: tensors, [*CALLBACK_TENSORS], ()),
+        (lambda pipe, step, timestep, tensors: {"latents": tensors["latents"].clone()}, ["latents"], ()),
+    ],
+)
+def test_a_recipe_says_what_a_callback_changed(
+    base: ZImagePipeline, callback: Callback, names: list[str], changed: tuple[str, ...]
+) -> None:
+    """And a picture after it, whose callback did nothing, is its recipe's again."""
+    first = 3
+
+    def once(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Any:
+        nonlocal first
+        first -= step == 3
+        return callback(pipe, step, timestep, tensors) if first == 3 else None
+
+    options: dict[str, Any] = {**SIZE, "any_size": True, "num_images_per_prompt": 2}
+    images = base("a fox", **options, callback_on_step_end=once, callback_on_step_end_tensor_inputs=names).images
+    assert [image.recipe.given for image in images] == [changed, ()]
+    assert base.replay(images[1].recipe).same_bits
+    if changed:
+        with pytest.raises(RequestError, match=rf"does not hold \({', '.join(changed)}\), given to the call or"):
+            base.replay(images[0].recipe)
 
 
 def test_the_finished_picture_is_that_of_the_changed_latents(base: ZImagePipeline) -> None:

@@ -102,6 +102,15 @@ def test_a_stream_and_a_replay_are_cancelled_by_their_event(turbo: ZImagePipelin
     assert turbo.replay(image.recipe, cancel=cancel).same_bits
 
 
+def test_a_picture_that_is_there_is_not_lost_to_a_late_cancel(turbo: ZImagePipeline, small: dict[str, Any]) -> None:
+    cancel = threading.Event()
+    for step in turbo.stream(GenerationRequest("a fox", **small, seed=7), cancel=cancel):
+        if step.image is not None:
+            cancel.set()
+    assert step.image is not None
+    assert step.image.tobytes() == turbo("a fox", **small, seed=7).images[0].tobytes()
+
+
 def test_one_call_is_cancelled_and_the_one_beside_it_is_not(turbo: ZImagePipeline, small: dict[str, Any]) -> None:
     expected = digest(turbo, {**small, "num_inference_steps": 40})
     cancel, both_run = threading.Event(), threading.Barrier(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -31,6 +32,7 @@ def resolve(**asked: Any) -> ResolvedRequest:
         ({}, 0.6),
         ({"mask_image": MASK}, 1.0),
         ({"padding": 16}, 1.0),
+        ({"padding": np.int64(16)}, 1.0),
         ({"strength": 1}, 1.0),
         ({"strength": 0.25}, 0.25),
     ],
@@ -59,6 +61,7 @@ def test_a_resolved_request_carries_its_image_and_resolves_to_itself() -> None:
         ({"height": 512, "width": 512}, (512, 512)),
         ({"height": 960}, (960, 1200)),
         ({"width": 304}, (240, 304)),
+        ({"width": np.int64(304)}, (240, 304)),
         ({"image": replace(IMAGE, width=256, height=256)}, (256, 256)),
         ({"image": replace(IMAGE, width=9, height=700), "any_size": True}, (688, 16)),
     ],

@@ -42,6 +42,8 @@ def latents(pipe: ZImagePipeline, **options: Any) -> Tensor:
     [
         (2, Hires(2.0, 0.4, "pixels", (128, 192))),
         (1.5, Hires(1.5, 0.4, "pixels", (96, 144))),
+        (np.float32(1.5), Hires(1.5, 0.4, "pixels", (96, 144))),
+        (np.int64(2), Hires(2.0, 0.4, "pixels", (128, 192))),
         (1.6, Hires(1.6, 0.4, "pixels", (96, 160))),  # 102.4 and 153.6, to multiples of 16
         (Hires(upscale="latents"), Hires(2.0, 0.6, "latents", (128, 192))),
         ({"scale": 3, "strength": 0.5}, Hires(3.0, 0.5, "pixels", (192, 288))),

@@ -6,6 +6,7 @@ What is compared bit for bit is compared by `pixel_digest` or `torch.equal`; net
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_used_generator_works_and_the_recipe_says_that_noise_was_given(turbo: 
     assert first.images[0].recipe.replayable
     recipe = second.images[0].recipe
     assert recipe.given == ("latents",)
-    with pytest.raises(RequestError, match="made from tensors that its recipe does not hold; pass them in a request"):
+    with pytest.raises(RequestError, match="tensors that its recipe does not hold"):
         turbo.replay(recipe)
     assert digests(turbo(second.requests[0])) == digests(second)
 
@@ -256,6 +257,14 @@ def test_a_prompt_that_is_cut_is_warned_of_once(turbo: ZImagePipeline, small: Op
         assert LONG.endswith(cut)
         assert 20 < len(cut) < len(LONG)
         assert caught[0].filename == __file__
+
+
+def test_a_warning_shows_the_beginning_of_what_is_cut(turbo: ZImagePipeline, small: Options) -> None:
+    with pytest.warns(ZImageWarning) as caught:
+        turbo.stream(GenerationRequest("a fox, " * 500, **small, max_sequence_length=40))
+    message = str(caught[0].message)
+    assert len(message) < 400
+    assert re.search(r"this is cut off: '[^']{200}'\.\.\. \(3\d{3} characters\)$", message)
 
 
 def test_the_pictures_of_a_cut_prompt_are_those_of_the_kept_tokens(turbo: ZImagePipeline) -> None:

@@ -237,13 +237,17 @@ def test_a_callback_sees_every_step_and_may_change_it(relay: Relay) -> None:
         for index, sigma in enumerate([*ABOVE, 0.8, *BELOW[:-1]])
     ]
     assert not torch.allclose(changed, latents(relay), rtol=0, atol=1e-2)
+    recipe = picture(relay, callback_on_step_end=watch).recipe
+    assert recipe.given == ("latents",)
+    with pytest.raises(RequestError, match="given to the call or changed by its callback"):
+        relay.replay(recipe)
 
     for at in (1, 6):
 
         def stop(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Any], at: int = at) -> None:
             pipe._interrupt = index == at
 
-        with pytest.raises(Cancelled, match="the callback stopped"):
+        with pytest.raises(Cancelled, match=f"the callback stopped the picture after step {at + 1}"):
             latents(relay, callback_on_step_end=stop)
     with pytest.raises(RequestError, match="callback_on_step_end must be callable"):
         latents(relay, callback_on_step_end="print")
@@ -309,7 +313,7 @@ def test_one_model_refuses_the_picture_of_two_and_the_other_way_round(relay: Rel
         ({"handover": 1, "turbo_steps": 4}, "with handover=1 there is one model"),
         ({"handover": 1, "negative_prompt": "blurry"}, "no effect on Z-Image-Turbo"),
         ({"handover": 0.9, "num_inference_steps": None, "sigmas": [0.5, 0.2]}, "base part has no step"),
-        ({"turbo_steps": 0}, "num_inference_steps"),
+        ({"turbo_steps": 0}, "turbo_steps must be a whole number from 1"),
         ({"controlnet": 1}, "no option controlnet"),
         ({"image": torch.zeros(3, 64, 64)}, "starts from noise and image is given"),
         ({"hires": 2}, "makes no second pass and hires is given"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import fields, replace
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ from zimage.rules import MAX_SEED, SAMPLERS
 from zimage.variants import BASE, TURBO, VARIANTS, Variant
 
 from .conftest import CountForwards
+
+
+class Named(str, Enum):
+    """As web frameworks check what they are asked for."""
+
+    HEUN = "heun"
+
 
 EMBEDS = torch.linspace(-1, 1, 5 * 2560).reshape(5, 2560)
 LATENTS = torch.linspace(-2, 2, 16 * 8 * 8).reshape(16, 8, 8)
@@ -72,6 +80,7 @@ def test_a_plain_call_takes_the_evaluations_of_the_recipe(
         ({"cfg_truncation": 0.0}, 5),
         ({"sampler": "dpmpp_2m"}, 8),
         ({"sampler": "heun"}, 14),
+        ({"sampler": Named.HEUN}, 14),
         ({"sigmas": [1.0, 0.5], "num_inference_steps": None}, 4),
     ],
 )

@@ -194,8 +194,8 @@ def test_plain_data_and_rules_need_no_torch(module: str) -> None:
 
 
 STANDARD = {
-    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "itertools", "math", "operator",
-    "re", "secrets", "types", "typing",
+    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "itertools", "math", "numbers",
+    "operator", "re", "secrets", "types", "typing",
 }  # fmt: skip
 
 

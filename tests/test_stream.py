@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,47 @@ def test_a_stream_that_waits_keeps_nobody_waiting(turbo: ZImagePipeline) -> None
     other.join(timeout=60)
     assert made == [expected]
     assert [step.index for step in stream] == [1, 2, 3]
+
+
+def test_a_pipeline_that_is_converted_meanwhile(own_turbo: ZImagePipeline) -> None:
+    stream = own_turbo.stream(asked())
+    next(stream)
+    own_turbo.to(torch.bfloat16)
+    with pytest.raises(RequestError, match="was moved or converted while a picture was made with it; draw that again"):
+        next(stream)
+    assert own_turbo(asked()).images
+    stream = own_turbo.stream(asked())
+    next(stream)
+    own_turbo.to(torch.float32).to(torch.bfloat16)
+    assert [step.index for step in stream] == [1, 2, 3]
+
+
+def test_a_pipeline_that_another_thread_closes_meanwhile(turbo_folder: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    began, closed = threading.Event(), threading.Event()
+    outcome: list[Exception] = []
+
+    def wait(*_: Any) -> None:
+        began.set()
+        assert closed.wait(timeout=60)
+
+    def draw() -> None:
+        try:
+            pipe(asked(), callback_on_step_end=wait)
+        except Exception as error:
+            outcome.append(error)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    assert began.wait(timeout=60)
+    with pipe._turn:  # the drawing thread asks for its turn before the pipeline is closed, and gets it after
+        closed.set()
+        drawing.join(timeout=0.5)
+        pipe.close()
+    drawing.join(timeout=60)
+    assert [(type(error), str(error)) for error in outcome] == [
+        (RequestError, "this pipeline was closed; load it again")
+    ]
 
 
 def test_the_image_carries_its_recipe_unless_told_otherwise(turbo: ZImagePipeline) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -80,7 +80,7 @@ class Adapted(Placed):
         and for a name that is taken; `NotEnoughMemory`. Then all is as before. It warns of keys that do not act, and of
         a file that says it was trained for the other variant.
         """
-        value = checked_strength("strength", strength)
+        value = checked_strength("an adapter's strength", strength)
         place = locate_adapter(
             source,
             weight_name=weight_name,
@@ -109,10 +109,17 @@ class Adapted(Placed):
         return adapter.report
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self,
+        adapter_names: str | Sequence[str] | Mapping[str, float],
+        adapter_weights: float | Sequence[float] | None = None,
     ) -> None:
-        """Let these adapters act in pictures that do not say otherwise, each as strong as given or 1, and no others."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        """Let these adapters act in pictures that do not say otherwise, each as strong as given or 1, and no others.
+
+        Names and strengths may be one mapping, as `adapters` of a call is.
+        """
+        if isinstance(adapter_names, Mapping) and adapter_weights is None:
+            adapter_weights = list(adapter_names.values())
+        names = _names(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names) or len(set(names)) != len(names):
             raise RequestError(f"adapter_weights has {len(weights)} entries for {len(names)} names; pass one for each")
@@ -123,7 +130,7 @@ class Adapted(Placed):
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take adapters off; with the last the model is to the bit what it was without."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        names = list(dict.fromkeys(_names(adapter_names)))
         with self._turn:
             self._attachments.require(names)
             for name in names:
@@ -295,3 +302,11 @@ class Adapted(Placed):
     def _refresh(self) -> None:
         """Bring what is attached to where the models are now, in their type."""
         self._attachments.refresh()
+
+
+def _names(given: Any) -> list[str]:
+    """One name of an adapter, or several, as a list."""
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise RequestError(f"adapter_names must be a name, or a list of names, of adapters; got {shown(wrong[0])}")
+    return names

@@ -44,9 +44,11 @@ class StepHook:
     callback: StepCallback
     names: tuple[str, ...]
     handle: PipelineHandle
+    taken: int = 0
+    """Steps that another model took before."""
 
     @classmethod
-    def of(cls, pipeline: Any, callback: StepCallback | None, names: Sequence[str]) -> StepHook | None:
+    def of(cls, pipeline: Any, callback: StepCallback | None, names: Sequence[str], taken: int = 0) -> StepHook | None:
         """Checked; raises `RequestError` for a callback that cannot be called or names that are not there."""
         if callback is None:
             return None
@@ -57,18 +59,22 @@ class StepHook:
             raise RequestError(
                 f"callback_on_step_end_tensor_inputs must be a list out of {', '.join(CALLBACK_TENSORS)}; got {names!r}"
             )
-        return cls(callback, tuple(names), PipelineHandle(pipeline))
+        return cls(callback, tuple(names), PipelineHandle(pipeline), taken)
 
-    def __call__(self, step: SamplerStep, conditioning: Conditioning) -> tuple[Tensor | None, Conditioning]:
-        """Run the callback after `step`: replaced latents or `None`, and the conditioning from here on.
+    def __call__(
+        self, step: SamplerStep, conditioning: Conditioning, changed: set[str]
+    ) -> tuple[Tensor | None, Conditioning]:
+        """Run the callback after `step`: replaced latents or `None`, and the conditioning from here on; the names of
+        what it changed, also in place, are added to `changed`.
 
         Raises `Cancelled` if the callback asked to stop, `RequestError` if what it returned cannot be used.
         """
         timestep = torch.tensor(step.sigma * 1000.0, dtype=torch.float32)
-        tensors = self._tensors(step, conditioning)
-        changes = self.callback(self.handle, step.index, timestep, dict(tensors))
+        tensors, index = self._tensors(step, conditioning), self.taken + step.index
+        before = _version(step.latents)
+        changes = self.callback(self.handle, index, timestep, dict(tensors))
         if self.handle._interrupt:
-            raise Cancelled(f"the callback stopped the picture after step {step.index + 1}")
+            raise Cancelled(f"the callback stopped the picture after step {index + 1}")
         if not isinstance(changes, Mapping | None):
             raise RequestError(f"the callback returned {shown(changes)}; it must return a dict of tensors, or None")
         answer = {**tensors, **(changes or {})}
@@ -77,6 +83,13 @@ class StepHook:
         negative = conditioning.negative
         if negative is not None:
             negative = _features(answer, "negative_prompt_embeds", negative)
+        is_other = latents is not None and not torch.equal(latents, step.latents)
+        outcome = {
+            "latents": is_other or _version(step.latents) != before,
+            "prompt_embeds": positive is not conditioning.positive,
+            "negative_prompt_embeds": negative is not conditioning.negative,
+        }
+        changed.update(name for name, differs in outcome.items() if differs)
         if positive is conditioning.positive and negative is conditioning.negative:
             return latents, conditioning
         return latents, Conditioning(positive, negative)
@@ -93,6 +106,11 @@ class StepHook:
         if "latents" in self.names:
             tensors["latents"] = step.latents
         return tensors
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, where torch counts that."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _changed_latents(latents: Any, current: Tensor) -> Tensor | None:

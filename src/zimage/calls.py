@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -23,6 +23,10 @@ Result = TypeVar("Result")
 
 PICTURE_OPTIONS = frozenset(option.name for option in fields(GenerationRequest)) - {"prompt"}
 """The arguments of a call that say what a picture is."""
+
+
+SHOWN = 200
+"""Characters of what is cut off that a warning shows."""
 
 
 class CancelToken(Protocol):
@@ -54,6 +58,14 @@ class Call:
     """What is done before a step that ran out of memory is taken again."""
     leg: Leg | None = None
     """What of its way a picture goes, if not all."""
+    changed: set[str] = field(default_factory=set)
+    """The tensors of the picture at work that the callback had a hand in."""
+
+    def take_changed(self) -> tuple[str, ...]:
+        """What of the picture that is done was `changed`; the next one begins anew."""
+        names = tuple(sorted(self.changed))
+        self.changed.clear()
+        return names
 
     def check_cancelled(self) -> None:
         """Raises `Cancelled` if the caller asked for it."""
@@ -179,7 +191,8 @@ def warn_if_cut(tokens: Mapping[tuple[str, int], Tokens]) -> None:
     """Warns of each text that does not fit, where the caller's caller's caller is."""
     for one in tokens.values():
         if one.total > len(one.ids):
-            cut = repr(one.cut) if one.cut else "the end of the chat template"
+            more = "" if len(one.cut) <= SHOWN else f"... ({len(one.cut)} characters)"
+            cut = repr(one.cut[:SHOWN]) + more if one.cut else "the end of the chat template"
             warnings.warn(
                 f"the prompt has {one.total} tokens with its template, max_sequence_length is {len(one.ids)}; "
                 f"this is cut off: {cut}",

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from .errors import RequestError
 from .memory.ladder import Attempt, once
 from .models.control import Beside, Control, Steering
 from .models.precision import Float32Math, is_finite, non_finite
@@ -59,6 +61,23 @@ class Preparation:
     grids: dict[tuple[int, int, int], ImageGrid] = field(default_factory=dict)
     levels: dict[tuple[float, ...], dict[float, NoiseLevel]] = field(default_factory=dict)
     adapted: dict[Hashable, Preparation] = field(default_factory=dict)
+    made_for: tuple[torch.device, torch.dtype] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.made_for = _place_of(self.transformer)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the transformer is where it was, and computes in the type that it did."""
+        return self.made_for == _place_of(self.transformer)
+
+    def require_current(self) -> None:
+        """Raises `RequestError` where the transformer was moved or converted since."""
+        if not self.is_current:
+            raise RequestError(
+                "the pipeline was moved or converted while a picture was made with it; draw that again, and wait for "
+                "pictures before `to`"
+            )
 
     def under(self, adapters: Hashable) -> Preparation:
         """What those of the pictures share that are made with the same adapters, at the same strengths."""
@@ -81,6 +100,10 @@ class Preparation:
         modulations = self.transformer.modulations(times.to(self.transformer.x_pad_token.device))
         pairs = zip(times.tolist(), modulations, strict=True)
         return {sigma: NoiseLevel(*pair) for sigma, pair in zip(sigmas.tolist(), pairs, strict=False)}
+
+
+def _place_of(transformer: ZImageTransformer) -> tuple[torch.device, torch.dtype]:
+    return transformer.x_pad_token.device, transformer.compute_dtype
 
 
 def _kept(store: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
@@ -140,7 +141,7 @@ def _source(name: str, value: Any) -> SourceImage | None:
 def _padding(padding: int | Sequence[int] | None, limits: Limits) -> tuple[int, ...]:
     if padding is None:
         return ()
-    listed = [padding] * len(SIDES) if isinstance(padding, int) else padding
+    listed = [padding] * len(SIDES) if isinstance(padding, Integral) else padding
     if not isinstance(listed, list | tuple) or len(listed) != len(SIDES):
         raise RequestError(f"padding must be pixels on {', '.join(SIDES)}, or one number for all; got {shown(padding)}")
     pixels = tuple(

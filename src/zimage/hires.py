@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from .editing import skipped_steps
@@ -111,6 +112,6 @@ def _read(asked: Any) -> Hires:
         return asked
     if isinstance(asked, Mapping) and set(asked) <= set(OPTIONS):
         return Hires(**asked)
-    if isinstance(asked, int | float) and not isinstance(asked, bool):
-        return Hires(asked)
+    if not isinstance(asked, bool) and isinstance(asked, Real):
+        return Hires(asked)  # type: ignore[arg-type]  # checked as a number with all else
     raise RequestError(f"hires must be how many times as large, or a zimage.Hires; got {shown(asked)}")

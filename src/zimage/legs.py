@@ -6,7 +6,6 @@ The base model goes down its own schedule until the handover, Turbo down its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from .denoiser import schedule
 from .errors import RequestError
 from .files.relayed import SHARED
 from .request import AnyRequest, GenerationRequest, ResolvedRequest
-from .rules import number
+from .rules import MAX_STEPS, integer, number
 from .sampling.guidance import is_guided
 from .sampling.samplers import SAMPLERS, count_evaluations
 from .sampling.schedule import APART, levels_down_to, levels_from, model_timesteps
@@ -117,14 +116,7 @@ class RelayCall:
 
     def hook(self, pipeline: Any, taken: int) -> StepHook | None:
         """The callback for the part of the model in `pipeline`, before which so many steps were `taken`."""
-        callback = self.callback
-        if callback is None:
-            return None
-
-        def counted(handle: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> Mapping[str, Any] | None:
-            return callback(handle, taken + index, timestep, tensors)
-
-        return StepHook.of(pipeline, counted, self.names)
+        return StepHook.of(pipeline, self.callback, self.names, taken)
 
 
 def check_handover(handover: float) -> float:
@@ -140,12 +132,12 @@ def with_steps(request: AnyRequest) -> AnyRequest:
 
 
 def finish_of(request: ResolvedRequest, turbo_steps: int | None) -> GenerationRequest:
-    """What Turbo is asked for to finish the base model's picture."""
+    """What Turbo is asked for to finish the base model's picture; raises `RequestError` for wrong steps."""
     return GenerationRequest(
         request.prompt,
         height=request.height,
         width=request.width,
-        num_inference_steps=turbo_steps,
+        num_inference_steps=None if turbo_steps is None else integer("turbo_steps", turbo_steps, 1, MAX_STEPS),
         seed=request.seed,
         max_sequence_length=request.max_sequence_length,
         any_size=True,

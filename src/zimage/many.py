@@ -77,7 +77,6 @@ class Drawing:
         self._pipe, self._source = pipe, iter(requests)
         self._cancel, self._bar_options, self._embed_recipe = cancel, bar_options, embed_recipe
         self._preparation: Preparation | None = None
-        self._prepared_for: Any = None
         self._waiting: Denoised | None = None
         self._beside: Future[Any] | None = None
         self._may_overlap = True
@@ -116,7 +115,9 @@ class Drawing:
                         read_ahead = self._step(run, partial(self._prepare, following, encodes), on_device=encodes)
                     else:
                         next(run)
-                self._waiting = Denoised(index, turn, chosen, latents_of(run))
+                latents = latents_of(run)
+                call.check_cancelled()
+                self._waiting = Denoised(index, turn, chosen, latents)
             if not (isinstance(following, ResolvedRequest) and self._overlaps("decoding", turn, following)):
                 yield self._deliver()
             index, turn = index + 1, following
@@ -141,10 +142,10 @@ class Drawing:
 
     def _shared(self) -> Preparation:
         """What the pictures share; anew where the models were moved or converted between two of them."""
-        state = (self._pipe.transformer, self._pipe.device, self._pipe.dtype)
-        if self._preparation is None or state != self._prepared_for:
-            self._preparation, self._prepared_for = Preparation(self._pipe.transformer), state
-        return self._preparation
+        kept, transformer = self._preparation, self._pipe.transformer
+        if kept is None or kept.transformer is not transformer or not kept.is_current:
+            kept = self._preparation = Preparation(transformer)
+        return kept
 
     def _overlaps(self, stage: str, request: ResolvedRequest, current: ResolvedRequest) -> bool:
         """Whether a stage of one picture goes to the device beside the steps of the current one."""
@@ -178,7 +179,7 @@ class Drawing:
     def _decode(self, waiting: Denoised) -> tuple[Picture, Sequence[Tensor]]:
         strips, _, image = self._pipe._decode(waiting.request, waiting.latents, "pil")
         assert image is not None
-        return self._pipe._picture(waiting.request, waiting.chosen, strips, image, self._embed_recipe), ()
+        return self._pipe._picture(waiting.request, waiting.chosen, strips, image, self._embed_recipe, ()), ()
 
     def _deliver(self) -> Drawn:
         """The picture that waits: as it was decoded beside a step, or else decoded in turn."""

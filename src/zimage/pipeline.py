@@ -35,6 +35,7 @@ from .calls import (
 from .canvas import has_mask, lay_out, lay_out_control
 from .controlled import Chosen
 from .denoiser import Conditioning, Preparation, denoising_steps
+from .errors import RequestError
 from .hires import Hires, demands, passes
 from .many import Drawing
 from .models.autoencoder import to_image
@@ -73,6 +74,20 @@ class ZImagePipeline(Recorded):
             lay_out_control(resolved, limits)
         warn_if_fitted(asked, resolved)
         return resolved
+
+    @property
+    def _interrupt(self) -> bool:
+        """What diffusers' scripts set to stop a picture; here only what a callback is given has it."""
+        return False
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """Raises `RequestError`: this pipeline may be drawing for several callers."""
+        if value:
+            raise RequestError(
+                "a pipeline draws for whoever calls it, so _interrupt is set on the first argument of the callback, "
+                "which is of one call; from elsewhere give the call cancel=threading.Event() and set that"
+            )
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """tqdm options for the progress bars of later calls, as in diffusers; `disable=True` turns them off."""
@@ -156,7 +171,8 @@ class ZImagePipeline(Recorded):
             for request in requests:
                 chosen = self._choose(request)
                 drawn = result_of(self._denoise(request, chosen, call))
-                images.append(self._finish(request, chosen, drawn, output_type, embed_recipe))
+                call.check_cancelled()
+                images.append(self._finish(request, chosen, drawn, output_type, embed_recipe, call.take_changed()))
         collected = collect(images, output_type)
         return ZImageOutput(collected, tuple(requests), self._rungs()[rungs:]) if return_dict else (collected,)
 
@@ -203,7 +219,6 @@ class ZImagePipeline(Recorded):
                 begun = self._start(one, chosen, call, larger, one if larger is None else request)
             latents, conditioning = yield from self._take_steps(one, chosen.adapters, call, conditioning, begun, taken)
             taken += one.steps
-        call.check_cancelled()
         assert latents is not None
         return latents
 
@@ -234,6 +249,7 @@ class ZImagePipeline(Recorded):
         for _ in range(request.steps if call.leg is None else len(call.leg.levels) - 1):
             call.check_cancelled()
             with self._computing(adapters):
+                call.preparation.require_current()
                 step = steps.send(replaced)
             step = replace(step, index=taken + step.index)
             latents, replaced = step.latents, None
@@ -242,7 +258,7 @@ class ZImagePipeline(Recorded):
             yield step
             if call.hook is None:
                 continue
-            replaced, changed = call.hook(step, conditioning)
+            replaced, changed = call.hook(step, conditioning, call.changed)
             latents = latents if replaced is None else replaced
             if changed is not conditioning:
                 conditioning, replaced = changed, None
@@ -283,14 +299,21 @@ class ZImagePipeline(Recorded):
         return limits.latent_channels, request.height // limits.latent_scale, request.width // limits.latent_scale
 
     def _finish(
-        self, request: ResolvedRequest, chosen: Chosen, latents: Tensor, output_type: str, embed_recipe: bool
+        self,
+        request: ResolvedRequest,
+        chosen: Chosen,
+        latents: Tensor,
+        output_type: str,
+        embed_recipe: bool,
+        changed: Sequence[str] = (),
     ) -> Any:
+        """Decode, and put the recipe to the picture; `changed` are the tensors that a callback had a hand in."""
         if output_type == "latent":
             return latents
         decode = self._attempt("decoding", request)
         with self._computing():
             strips, pixels, image = decode(partial(self._decode, request, latents, output_type))
-        return pixels if image is None else self._picture(request, chosen, strips, image, embed_recipe)
+        return pixels if image is None else self._picture(request, chosen, strips, image, embed_recipe, changed)
 
     def _decode(
         self, request: ResolvedRequest, latents: Tensor, output_type: str

@@ -334,9 +334,10 @@ class Placed:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
-        device = self.device.type
-        with self._turn, torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
+        with self._turn:
+            device = self.device.type  # asked in its turn: who came before may have closed the pipeline
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                yield
 
 
 def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:

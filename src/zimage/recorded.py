@@ -6,6 +6,7 @@ Knows models by what they say of themselves; how a picture is drawn is the pipel
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -13,7 +14,6 @@ from PIL import Image
 from . import runtime
 from .calls import CancelToken, read_given
 from .controlled import Chosen
-from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
 from .files.relayed import require_one_model
@@ -47,10 +47,7 @@ class Recorded(Previewing):
         """
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         require_one_model(recipe)
-        if recipe.given:
-            raise RequestError(
-                "the picture was made from tensors that its recipe does not hold; pass them in a request instead"
-            )
+        recipe.require_whole()
         self._require_adapters(recipe)
         images = read_given(image=image, mask_image=mask_image, control_image=control_image)
         request = recipe.with_images(**images)
@@ -67,7 +64,14 @@ class Recorded(Previewing):
         strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
         return self._recipe(request, self._choose(request), image, strip_levels)
 
-    def _recipe(self, request: ResolvedRequest, chosen: Chosen, image: Image.Image, strip_levels: int) -> Recipe:
+    def _recipe(
+        self,
+        request: ResolvedRequest,
+        chosen: Chosen,
+        image: Image.Image,
+        strip_levels: int,
+        changed: Sequence[str] = (),
+    ) -> Recipe:
         return Recipe(
             request=request,
             model={**self.model, "variant": self.variant.name},
@@ -81,13 +85,20 @@ class Recorded(Previewing):
                 compiled=self.compiled,
             ),
             pixels=pixel_digest(image),
+            given=tuple(changed),
             **chosen.described,
         )
 
     def _picture(
-        self, request: ResolvedRequest, chosen: Chosen, strips: int, image: Image.Image, embed_recipe: bool
+        self,
+        request: ResolvedRequest,
+        chosen: Chosen,
+        strips: int,
+        image: Image.Image,
+        embed_recipe: bool,
+        changed: Sequence[str],
     ) -> Picture:
-        return Picture.of(image, self._recipe(request, chosen, image, strips) if embed_recipe else None)
+        return Picture.of(image, self._recipe(request, chosen, image, strips, changed) if embed_recipe else None)
 
 
 def compared(recipe: Recipe, made: Any, request: ResolvedRequest) -> Replay:

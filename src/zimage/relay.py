@@ -190,7 +190,8 @@ class Relay:
             for request in requests:
                 chosen = self._choose(request)
                 latents = result_of(self._denoise(request, chosen, shared))
-                images.append(self._finish(request, chosen, latents, output_type, embed_recipe))
+                shared.base.check_cancelled()
+                images.append(self._finish(request, chosen, latents, shared, output_type, embed_recipe))
         collected = collect(images, output_type)
         said = tuple(one for were, are in zip(before, self._rungs(), strict=True) for one in are[len(were) :])
         return RelayOutput(collected, tuple(requests), said) if return_dict else (collected,)
@@ -233,10 +234,7 @@ class Relay:
                 f"the picture was made by {recipe.request.variant} alone; relay.{recipe.request.variant}.replay makes "
                 "it again"
             )
-        if recipe.given:
-            raise RequestError(
-                "the picture was made from tensors that its recipe does not hold; pass them in a request"
-            )
+        recipe.require_whole()
         self.base._require_adapters(recipe)
         self.turbo._require_adapters(recipe.turbo)
         steered = recipe.with_images(**read_given(control_image=control_image))
@@ -301,7 +299,7 @@ class Relay:
     ) -> RelayCall:
         """What the pictures of a call share. Turbo gets its captions as features, so it has no tokens."""
         base = Call(Preparation(self.base.transformer), tokens, cancel, bar=bar)
-        turbo = Call(Preparation(self.turbo.transformer), {}, cancel, bar=bar)
+        turbo = replace(base, preparation=Preparation(self.turbo.transformer), tokens={})
         return RelayCall(base, turbo, callback, tuple(names))
 
     def _choose(self, request: RelayRequest) -> BothChosen:
@@ -324,14 +322,14 @@ class Relay:
         return (yield from self.turbo._denoise(finish, chosen[1], ends))
 
     def _finish(
-        self, request: RelayRequest, chosen: BothChosen, latents: Tensor, output_type: str, embed_recipe: bool
+        self, request: RelayRequest, chosen: BothChosen, latents: Tensor, shared: RelayCall, kind: str, recipe: bool
     ) -> Any:
-        """Decoded by Turbo's pipeline, with the recipe of both."""
-        made = self.turbo._finish(request.turbo, chosen[1], latents, output_type, embed_recipe)
+        """As output of this `kind`, decoded by Turbo's pipeline, if that is a picture with the `recipe` of both."""
+        made = self.turbo._finish(request.turbo, chosen[1], latents, kind, recipe)
         if not isinstance(made, Picture) or made.recipe is None:
             return made
-        recipe = self.base._recipe(request.base, chosen[0], made, strip_levels=0)
-        return Picture.of(made, replace(recipe, handover=request.handover, turbo=made.recipe))
+        base = self.base._recipe(request.base, chosen[0], made, strip_levels=0, changed=shared.base.take_changed())
+        return Picture.of(made, replace(base, handover=request.handover, turbo=made.recipe))
 
     def _stream(self, request: RelayRequest, shared: RelayCall, embed_recipe: bool) -> Generator[Step, None, None]:
         begun, total, chosen = len(request.levels.base) - 1, request.steps, self._choose(request)
@@ -346,5 +344,5 @@ class Relay:
                 denoised=step.denoised,
                 request=request.base if index < begun else request.turbo,
                 previewer=self.turbo.preview,
-                image=self._finish(request, chosen, step.latents, "pil", embed_recipe) if last else None,
+                image=self._finish(request, chosen, step.latents, shared, "pil", embed_recipe) if last else None,
             )

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
@@ -124,9 +125,9 @@ def check_area(height: int, width: int, limits: Limits, remedy: str) -> None:
         )
 
 
-def _sides_of(canvas: tuple[int, int], asked: tuple[int | None, int | None], step: int) -> list[int]:
+def _sides_of(canvas: tuple[int, int], asked: tuple[Any, Any], step: int) -> list[int]:
     """Height and width that follow from a canvas: its own, or in its proportion to the one side that was asked for."""
-    given = [(side, own) for side, own in zip(asked, canvas, strict=True) if isinstance(side, int)]
+    given = [(int(side), own) for side, own in zip(asked, canvas, strict=True) if isinstance(side, Integral)]
     if len(given) == 1:
         side, own = given[0]
         return [max(step, round(other * side / own / step) * step) for other in canvas]
@@ -137,7 +138,7 @@ def check_sampler(name: Any) -> str:
     """`name`, if a sampler is called so."""
     if name not in SAMPLERS:
         raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    return str(name)
+    return next(known for known in SAMPLERS if known == name)
 
 
 def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:

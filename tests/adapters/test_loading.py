@@ -265,6 +265,22 @@ def test_what_is_not_there_or_no_lora_is_refused(tmp_path: Path, ink: Path) -> N
     assert locate_adapter(two, weight_name="b.safetensors").file == two / "b.safetensors"
 
 
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loras" / "style").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for source, message in (
+        ("loras/ink.safetensors", "cannot find the LoRA 'loras/ink.safetensors': there is no such file"),
+        ("elsewhere/ink.safetensors", "cannot find the LoRA 'elsewhere/ink.safetensors'"),
+        ("loras/style/ink.safetensors", "cannot find the LoRA 'loras/style/ink.safetensors'"),
+        ("loras/flat/ink.safetensors", "is not in the cache .* There is no loras/flat/ink.safetensors on this machine"),
+        ("someone/flat/ink.safetensors", "ink.safetensors of someone/flat is not in the cache .* that has it$"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            locate_adapter(source, cache_dir=".", local_files_only=True)
+
+
 def test_a_hub_id_is_its_file_in_the_cache(ink: Path, tmp_path: Path, layers: Layers) -> None:
     """As huggingface_hub lays its cache out."""
     commit = "0123456789012345678901234567890123456789"

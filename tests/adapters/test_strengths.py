@@ -206,6 +206,14 @@ def test_scripts_for_diffusers_run(pipe: ZImagePipeline, ink: Path, draw: Draw) 
     with pytest.raises(RequestError, match="adapter_weights has 2 entries for 1 names"):
         pipe.set_adapters(["toy"], [1.0, 2.0])
     assert pipe.adapters == {"toy": 1.0}
+    pipe.set_adapters({"toy": 0.25})
+    assert pipe.adapters == {"toy": 0.25}
+    for change, wrong in ((pipe.set_adapters, None), (pipe.set_adapters, [["toy"]]), (pipe.delete_adapters, 3)):
+        with pytest.raises(RequestError, match="adapter_names must be a name, or a list of names, of adapters; got"):
+            change(wrong)
+    with pytest.raises(RequestError, match="an adapter's strength must be a number from -100 to 100, got int 101"):
+        pipe.load_adapter("other.safetensors", strength=101)
+    assert pipe.adapters == {"toy": 0.25}
     pipe.unload_lora_weights()
     assert pipe.get_list_adapters() == {}
     assert torch.equal(draw(pipe), none)

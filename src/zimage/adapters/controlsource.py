@@ -15,7 +15,7 @@ from typing import Any
 
 from ..checkpoint.fields import Field, exactly, flag, integer, integers, number, read_config, read_fields
 from ..checkpoint.headers import Entry, read_header
-from ..checkpoint.hub import Repository
+from ..checkpoint.hub import Repository, named_on_hub, or_here
 from ..checkpoint.reading import exists, reason, shown
 from ..checkpoint.shards import Weights, index_name, read_index, read_place, single_name
 from ..errors import AdapterError
@@ -78,7 +78,7 @@ def locate_controlnet(
         return _single(path, str(path))
     if is_there:
         return _in_folder(path, weight_name)
-    found = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
+    found = named_on_hub(source, HUB_FILE)
     if found is None or (found[2] and weight_name):
         raise AdapterError(
             f"cannot find the ControlNet {shown(str(source))}: it is no file or folder that is here, and no hub id"
@@ -87,7 +87,8 @@ def locate_controlnet(
         found[1], revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
     name = found[2] or weight_name
-    return replace(_on_hub(repository, name), name="/".join(filter(None, (found[1], name))), hub=True)
+    with or_here(str(source)):
+        return replace(_on_hub(repository, name), name="/".join(filter(None, (found[1], name))), hub=True)
 
 
 def read_description(place: ControlPlace, transformer: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:

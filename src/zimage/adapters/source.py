@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.headers import Entry, Header, read_header
-from ..checkpoint.hub import Repository
+from ..checkpoint.hub import Repository, named_on_hub, or_here
 from ..checkpoint.reading import MAX_CONFIG, exists, open_regular, parse_json, read_bytes, reason, shown
 from ..errors import AdapterError, CheckpointError
 from .adapter import Scaling
@@ -86,7 +86,7 @@ def locate_adapter(
             return _place(path, str(path))
         if is_there:
             return _place(_in_folder(path, weight_name), str(path))
-        found = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
+        found = named_on_hub(source, HUB_FILE)
         if found is None or (found[2] and weight_name):
             raise AdapterError(
                 f"cannot find the LoRA {shown(str(source))}: there is no such file or folder here, and it is no hub id"
@@ -94,7 +94,8 @@ def locate_adapter(
         repository = Repository(
             found[1], revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
-        file, name = _on_hub(repository, found[2] or weight_name)
+        with or_here(str(source)):
+            file, name = _on_hub(repository, found[2] or weight_name)
         config = repository.fetch(CONFIG) if name == NAMES[1] else None
         return Place(file=file, config=config, name=f"{found[1]}/{name}", hub=True)
 

@@ -76,8 +76,8 @@ def convert_checkpoint(
     the layers, the rest in bfloat16), in .gguf files also "q8_0". Left out, tensors keep theirs, and what a file has in
     fewer bits becomes bfloat16. `report` is told what is written, in sentences.
 
-    With `overwrite` a file or a checkpoint folder at `target` is replaced. Nothing is left of what fails. Raises
-    `RequestError` for what cannot be asked for and `CheckpointError` for what cannot be read.
+    With `overwrite` a file or a checkpoint folder at `target` is replaced, with all that is in it. Nothing is left of
+    what fails. Raises `RequestError` for what cannot be asked for and `CheckpointError` for what cannot be read.
     """
     goal, shard_bytes = _goal(Path(target).expanduser(), part, dtype), shard_size(max_shard_size)
     _check_files(goal, {"transformer": transformer, "text_encoder": text_encoder, "vae": vae})

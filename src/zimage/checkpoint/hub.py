@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -26,6 +28,30 @@ from ..errors import CheckpointError
 from .reading import reason
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def named_on_hub(source: object, pattern: re.Pattern[str]) -> re.Match[str] | None:
+    """What `pattern` makes of a text that names a repository, group 1, and perhaps a file in it.
+
+    `None` for a path that leads nowhere here: a file of weights where a repository's name would be ("loras/ink.gguf"),
+    or in what is a folder here.
+    """
+    found = pattern.fullmatch(source) if isinstance(source, str) else None
+    if found is None or Path(found[1]).suffix.lower() in _WEIGHTS or Path(found[1]).is_dir():
+        return None
+    return found
+
+
+@contextmanager
+def or_here(source: str) -> Iterator[None]:
+    """Within it an error says that there is no such path here either, where `source` begins with a folder that is."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not Path(source.partition("/")[0]).is_dir():
+            raise
+        raise CheckpointError(f"{error}. There is no {source} on this machine either") from error
 
 
 class Repository:

@@ -28,7 +28,7 @@ from .configs import (
     read_model_index,
 )
 from .fields import read_config
-from .hub import Repository
+from .hub import Repository, named_on_hub, or_here
 from .reading import reason, shown
 from .shards import index_name, read_index, single_name
 from .single import SUFFIXES
@@ -94,7 +94,7 @@ def _is_single(source: str | os.PathLike[str]) -> bool:
         return False
     if is_there:
         return is_file and path.suffix.lower() in SUFFIXES
-    return isinstance(source, str) and _HUB_FILE.fullmatch(source) is not None
+    return named_on_hub(source, _HUB_FILE) is not None
 
 
 def _model_around(source: str | os.PathLike[str], given: Mapping[str, object], variant: str | None) -> str:
@@ -119,10 +119,11 @@ def _locate_file(part: str, file: str | os.PathLike[str], settings: dict[str, An
         is_there = path.exists()
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(f"{part} must be a file, got {shown(file)}: {reason(error)}") from error
-    match = _HUB_FILE.fullmatch(file) if isinstance(file, str) and not is_there else None
+    match = None if is_there else named_on_hub(file, _HUB_FILE)
     if match:
         repository = Repository(match[1], revision=None, **settings)
-        return repository.require(match[2], "see which files it has on its page"), str(file)
+        with or_here(str(file)):
+            return repository.require(match[2], "see which files it has on its page"), str(file)
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         came = "is missing" if not is_there else "is a folder" if path.is_dir() else "is of another kind"
         raise CheckpointError(

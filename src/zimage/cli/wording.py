@@ -12,7 +12,7 @@ PARTS = ("text_encoder", "transformer", "vae", "controlnet", "adapters", "model"
 """Names that messages give to what a checkpoint holds, so that not every one of them is a parameter."""
 _ALSO = {"overwrite": "--force"}
 """Parameters that go by another name here."""
-_SAID_OF = r" (?:must|is|has|skips|predicts|leaves)\b|:"
+_SAID_OF = r" (?:must|can|is|has|skips|predicts|leaves)\b|:"
 """What follows a parameter of one word where a message begins with it."""
 
 

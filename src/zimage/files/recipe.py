@@ -53,7 +53,7 @@ class Recipe:
             `text_encoder` and `vae`, the file that each came from if not from there; "" is unknown, or there is none.
         runtime: versions and settings that bits may depend on, as texts: `zimage`, `torch`, `dtype`, `device`...
         pixels: `pixel_digest` of the picture.
-        given: names of tensors that the request had in place of texts or noise.
+        given: names of tensors that the request had in place of texts or noise, or that a callback changed.
         adapters: of each adapter of the request by name, its `source` (hub id or file) and the `digest` of its file.
         controlnet: the same of the ControlNet, where the request has a control image; else it is empty.
         handover, turbo: of a relay's picture, the noise level at which Turbo took over from the base model, whose all
@@ -93,6 +93,14 @@ class Recipe:
     def replayable(self) -> bool:
         """Whether the recipe alone is enough: no tensors or images were given that it does not contain."""
         return not self.given and self.request.image is None and self.request.control_image is None
+
+    def require_whole(self) -> None:
+        """Raises `RequestError` where the picture was made from tensors, which no recipe holds."""
+        if self.given:
+            raise RequestError(
+                f"the picture was made from tensors that its recipe does not hold ({', '.join(self.given)}), given to "
+                "the call or changed by its callback; call the pipeline with them again"
+            )
 
     def with_images(
         self,
