@@ -129,6 +129,16 @@ def test_inspect_says_what_a_folder_holds(zimage: Callable[..., Any], base: str)
     assert f"fingerprint: {found['fingerprint']}\n" in ended.out
 
 
+def test_inspect_knows_models_by_name(zimage: Callable[..., Any], tmp_path: Path) -> None:
+    """And a folder of that name is the folder."""
+    assert zimage("inspect", "demo-turbo").out.startswith("variant: turbo (shift 3, sampler dpmpp_2m)\n")
+    ended = zimage("inspect", "nobody")
+    assert (ended.code, ended.out) == (1, "")
+    assert "cannot find the model 'nobody': there is no such folder here" in ended.err
+    (tmp_path / "demo").mkdir()
+    assert "\nproblem: " in zimage("inspect", "demo").out
+
+
 def test_inspect_fails_where_there_are_problems(zimage: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     ended = zimage("inspect", tmp_path / "empty")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,15 +30,21 @@ def variants(json: Json = False) -> None:
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint in the hub's layout.")], json: Json = False
+    model: Annotated[str, typer.Argument(help="A folder in the hub's layout, or a model that is on this machine.")],
+    json: Json = False,
 ) -> None:
-    """Say what a checkpoint folder holds.
+    """Say what a checkpoint holds: that of a folder, of `demo` or `demo-turbo`, or of a name or hub id in the cache.
 
-    Weights are not loaded. Exit code 1 if there are problems, 0 if it will load.
+    Weights are not loaded, and nothing is downloaded. Exit code 1 if there are problems, 0 if it will load.
     """
     from ..checkpoint.inspect import inspect_checkpoint
+    from ..checkpoint.locate import locate
 
-    found = inspect_checkpoint(folder)
+    if os.path.lexists(model):
+        found = inspect_checkpoint(model)
+    else:
+        place = locate(model, local_files_only=True)
+        found = inspect_checkpoint(place.folder, hub_id=place.hub_id)
     if json:
         print(json_format.dumps(found.to_dict()))
     else:
