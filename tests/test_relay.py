@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -335,8 +336,12 @@ def test_a_resolved_request_leaves_nothing_to_say(relay: Relay) -> None:
         for start in (relay.stream, relay.resolve):
             with pytest.raises(RequestError, match="request must be a request or a text, got "):
                 start(wrong)  # type: ignore[operator]
-    with pytest.raises(RequestError, match="cancel must be an event"):
-        relay.stream("a fox", cancel=True)  # type: ignore[arg-type]
+    generator = torch.Generator()
+    before = generator.get_state()
+    for call in (relay.stream, partial(relay, generator=generator)):
+        with pytest.raises(RequestError, match="cancel must be an event"):
+            call("a fox", cancel=True)  # type: ignore[operator]
+    assert torch.equal(generator.get_state(), before)
     with pytest.raises(RequestError, match="was resolved for base"):
         relay(RelayRequest(request.base, request.base, 0.8), progress=False)
 
