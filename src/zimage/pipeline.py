@@ -189,7 +189,7 @@ class ZImagePipeline(Recorded):
         the one between. `requests` may be endless: it is read one ahead, before the last step of the picture before.
         What is wrong with a request is raised at its turn, after the pictures before it; `close()` ends it.
 
-        Raises `RequestError` at once if `requests` is one request, or `cancel` no event; all else, as a call does, while
+        Raises `RequestError` at once if `requests` is one request or `cancel` no event; all else, as a call does, while
         iterating.
         """
         options = self._bar_options if progress else {"disable": True}
