@@ -133,6 +133,8 @@ def test_predicted_steps_are_counted_in_the_run_that_is_left() -> None:
         ({"padding": "8888"}, "padding must be pixels"),
         ({"padding": (8, 8, 8, -8)}, "padding on the bottom must be a whole number from 0 to 8192, got -8"),
         ({"padding": (8.5, 8, 8, 8)}, "padding on the left must be a whole number"),
+        ({"height": 10**400}, "height must be a whole number from 1 to 8192"),
+        ({"width": 100_000}, "width must be a whole number from 1 to 8192, got 100000"),
         ({"image": "a.png"}, "image was not read yet, it is str 'a.png'; a pipeline's `resolve` reads it"),
         ({"mask_image": [1]}, "mask_image was not read yet"),
         ({"image": replace(IMAGE, width=4000, height=3000)}, "Pass height or width, to which the image is scaled"),

@@ -213,8 +213,10 @@ def test_what_pictures_share_is_computed_once(own_turbo: ZImagePipeline, monkeyp
     assert (names.count("encode_caption"), names.count("_hidden_states"), names.count("denoise")) == (1, 1, 4)
 
 
-@pytest.mark.parametrize("wrong", ["a fox", asked(), 3, None])
+@pytest.mark.parametrize("wrong", ["a fox", asked(), 3, None, {"prompt": "a fox", "seed": 3}])
 def test_one_request_is_refused_at_once(turbo: ZImagePipeline, wrong: Any) -> None:
+    with pytest.raises(RequestError, match="cancel must be an event"):
+        turbo.generate_many([asked()], cancel=True)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="requests must be a list of requests or texts"):
         turbo.generate_many(wrong)
 

@@ -194,3 +194,8 @@ def test_a_decoder_for_other_latents_and_a_folder_that_is_none(demo: ZImagePipel
         demo.set_preview(build_tiny(tmp_path / "tiny", latent_channels=4))
     with pytest.raises(CheckpointError, match=r"there is no folder .*none; give one with config.json"):
         demo.set_preview(tmp_path / "none")
+    for wrong in (None, 5):
+        with pytest.raises(
+            RequestError, match=r"decoder must be 'linear', 'taef1', a hub id or a folder, got (None|int)"
+        ):
+            demo.set_preview(wrong)  # type: ignore[arg-type]

@@ -89,6 +89,20 @@ def test_what_is_no_template(template: Any, said: str) -> None:
         expand(template, {**LISTS, **more})
 
 
+@pytest.mark.parametrize(
+    ("wildcards", "said"),
+    [
+        (5, "wildcards must be lists by name, like .*, or a folder of text files; got int 5"),
+        ([["fox"]], "wildcards must be lists by name"),
+        ({"animal": 5}, "the list animal must be a list of texts, got int 5"),
+        ({"animal": (one for one in ["fox"])}, "the list animal must be a list of texts, got generator"),
+    ],
+)
+def test_what_are_no_lists(wildcards: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        expand("__animal__", wildcards)
+
+
 def test_lists_are_named_where_none_are_given() -> None:
     with pytest.raises(RequestError, match=r"__animal__ names a list and none are given; pass wildcards \(--wildcards"):
         expand("__animal__")
@@ -130,6 +144,8 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(RequestError, match=r"cannot read .*: Is a directory"):
         read_prompts(tmp_path)
+    with pytest.raises(RequestError, match="path must be that of a text file of prompts, got NoneType None"):
+        read_prompts(None)  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_no_list_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,7 @@ def test_one_model_refuses_the_picture_of_two_and_the_other_way_round(relay: Rel
         ({"image": torch.zeros(3, 64, 64)}, "starts from noise and image is given"),
         ({"hires": 2}, "makes no second pass and hires is given"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
+        ({"cancel": True}, "cancel must be an event"),
     ],
 )
 def test_what_cannot_work_is_refused(relay: Relay, options: dict[str, Any], said: str) -> None:
@@ -334,6 +336,16 @@ def test_a_resolved_request_leaves_nothing_to_say(relay: Relay) -> None:
     for level in (1, 0.5):
         with pytest.raises(RequestError, match="a RelayRequest says all there is"):
             relay.stream(request, handover=level)
+    for wrong in (["a fox"], None):
+        for start in (relay.stream, relay.resolve):
+            with pytest.raises(RequestError, match="request must be a request or a text, got "):
+                start(wrong)  # type: ignore[operator]
+    generator = torch.Generator()
+    before = generator.get_state()
+    for call in (relay.stream, partial(relay, generator=generator)):
+        with pytest.raises(RequestError, match="cancel must be an event"):
+            call("a fox", cancel=True)  # type: ignore[operator]
+    assert torch.equal(generator.get_state(), before)
     with pytest.raises(RequestError, match="was resolved for base"):
         relay(RelayRequest(request.base, request.base, 0.8), progress=False)
 

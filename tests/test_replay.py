@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance
 from PIL.PngImagePlugin import PngInfo
 
 import zimage
-from zimage import Recipe, RequestError, ZImagePipeline, read_recipe
+from zimage import GenerationRequest, Recipe, RequestError, ZImagePipeline, read_recipe
 from zimage.files.recipe import pixel_digest
 
 
@@ -189,6 +189,8 @@ def test_a_recipe_can_be_made_for_any_image(turbo: ZImagePipeline, small: dict[s
     recipe = turbo.recipe(output.requests[0], output.images[0])
     assert recipe == output.images[0].recipe == Recipe.from_json(recipe.to_json())
     assert not turbo.replay(replace(recipe, pixels="0" * 64)).same_bits
+    with pytest.raises(RequestError, match="request must be a resolved one, from an output's `requests` or `resolve`"):
+        turbo.recipe(GenerationRequest("a fox"), output.images[0])  # type: ignore[arg-type]
 
 
 def test_a_replay_in_a_new_process_gives_the_same_bits(saved: Path, run_python: Callable[..., str]) -> None:

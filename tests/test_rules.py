@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "embeds-without-tokens": ("turbo", {"prompt": None, "prompt_embeds": EMBEDS[:0]}, "must have 1 to 1504 tokens"),
     "embeds-infinite": ("turbo", {"prompt": None, "prompt_embeds": with_one(EMBEDS, INF)}, "prompt_embeds has values"),
     "prompt-and-embeds": ("turbo", {"prompt_embeds": EMBEDS}, "prompt and prompt_embeds are both given; leave one out"),
+    "embeds-sparse": ("turbo", {"prompt": None, "prompt_embeds": EMBEDS.to_sparse()}, "prompt_embeds must be a dense"),
+    "latents-meta": ("turbo", {"latents": torch.zeros(1, 16, 128, 128, device="meta")}, "latents must be a dense"),
     "sigmas-ascending": ("turbo", {"sigmas": [0.5, 0.75, 1.0]}, "sigmas must descend, got 0.75 after 0.5; sort them"),
     "sigmas-repeated": ("turbo", {"sigmas": [1.0, 0.5, 0.5]}, "sigmas must descend.*without repetition"),
     "sigmas-above-one": ("turbo", {"sigmas": [1.5, 0.5]}, SIGMA),
@@ -148,9 +151,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sigmas-scalar-tensor": ("turbo", {"sigmas": torch.tensor(0.5)}, "sigmas must be a list of numbers, got Tensor"),
     "sigmas-and-steps": ("turbo", {"sigmas": [1.0, 0.5], "num_inference_steps": 8}, "sigmas has 2 entries, one per"),
     "sampler-unknown": ("turbo", {"sampler": "ddim"}, "sampler must be one of euler, heun, dpmpp_2m, got 'ddim'"),
+    "sampler-array": ("turbo", {"sampler": np.array(["euler", "heun"])}, "sampler must be one of euler, heun"),
     "prompt-tokens-zero": ("turbo", {"max_sequence_length": 0}, "max_sequence_length must be a whole number from 1 to"),
     "prompt-tokens-too-many": ("turbo", {"max_sequence_length": 1505}, "max_sequence_length.*from 1 to 1504, got 1505"),
     "output-type-unknown": ("turbo", {"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
+    "output-type-array": ("turbo", {"output_type": np.array(["pil", "np"])}, "output_type must be one of pil, np"),
+    "cancel-bool": ("turbo", {"cancel": True}, r"cancel must be an event, such as threading.Event.* bool True"),
+    "cancel-callable": ("turbo", {"cancel": lambda: False}, "cancel must be an event.* got function"),
+    "cancel-class": ("turbo", {"cancel": threading.Event}, "cancel must be an event.* got type"),
     "callback-not-callable": ("turbo", {"callback_on_step_end": 5}, "callback_on_step_end must be callable, got int"),
     "callback-names-unknown": (
         "turbo",
@@ -223,12 +231,13 @@ def test_what_a_call_refuses_a_request_refuses(kind: str, request: pytest.Fixtur
         request.getfixturevalue(model).resolve(GenerationRequest(**{"prompt": "a fox", **options}))
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "", 3.5, ["cpu"]])
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "", 3.5, ["cpu"], "meta", torch.device("meta"), "hpu", 10**40])
 def test_a_device_that_is_not_there(turbo: ZImagePipeline, turbo_folder: Path, device: Any) -> None:
     with pytest.raises(RequestError, match=r"device .* cannot be used here .*; leave it out, or pass 'cpu'"):
         ZImagePipeline.from_pretrained(turbo_folder, device=device)
     with pytest.raises(RequestError, match="cannot be used here"):
         turbo.to(device)
+    assert turbo.device.type == turbo.autoencoder.vae.device.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", ["float8", "bf16", torch.int8, torch.float64, 16])

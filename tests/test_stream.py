@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_every_step_can_be_looked_at(turbo: ZImagePipeline) -> None:
 def test_a_text_is_enough(turbo: ZImagePipeline) -> None:
     step = next(turbo.stream("a fox"))
     assert (step.total, step.latents.shape, step.request.prompt) == (8, (1, 16, 128, 128), "a fox")
+    assert replace(turbo.resolve("a fox"), seed=7) == turbo.resolve(GenerationRequest("a fox", seed=7))
+
+
+@pytest.mark.parametrize("wrong", [["a fox"], [GenerationRequest("a fox")], {"prompt": "a fox"}, None, b"a fox"])
+def test_what_is_no_request_is_refused_at_once(turbo: ZImagePipeline, wrong: Any) -> None:
+    for start in (turbo.stream, turbo.resolve):
+        with pytest.raises(RequestError, match=r"request must be a request or a text, got .*; pass a GenerationRequ"):
+            start(wrong)
 
 
 def test_nothing_runs_ahead(base: ZImagePipeline, count_forwards: CountForwards) -> None:
@@ -79,6 +88,8 @@ def test_nothing_runs_ahead(base: ZImagePipeline, count_forwards: CountForwards)
 def test_a_wrong_request_is_refused_at_once(turbo: ZImagePipeline) -> None:
     with pytest.raises(RequestError, match="guidance_scale must be 0 for Z-Image-Turbo"):
         turbo.stream(GenerationRequest("a fox", guidance_scale=4))
+    with pytest.raises(RequestError, match="cancel must be an event"):
+        turbo.stream("a fox", cancel=True)  # type: ignore[arg-type]
 
 
 def test_closing_stops_the_work(turbo: ZImagePipeline, count_forwards: CountForwards) -> None:

@@ -1,4 +1,4 @@
-"""diffusers' step callback: what it is given, what it may change, and how it stops a picture."""
+"""diffusers' step callback: what it is given, what it may change, and how it, or an event, stops a picture."""
 
 from __future__ import annotations
 
@@ -111,6 +111,14 @@ class StepHook:
 def _version(tensor: Tensor) -> int | None:
     """How often a tensor was written to, where torch counts that."""
     return None if tensor.is_inference() else tensor._version
+
+
+def check_cancel(cancel: object) -> None:
+    """Raises `RequestError` for what is not `None` and cannot be asked whether it is set."""
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
+        raise RequestError(
+            f"cancel must be an event, such as threading.Event(), that is set to stop the picture; got {shown(cancel)}"
+        )
 
 
 def _changed_latents(latents: Any, current: Tensor) -> Tensor | None:

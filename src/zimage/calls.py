@@ -10,13 +10,14 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from .callbacks import StepHook
+from .callbacks import StepHook, check_cancel
 from .denoiser import Preparation
 from .editing import SourceImage, canvas_size
 from .errors import Cancelled, RequestError, ZImageWarning
 from .files.images import READERS
 from .models.text_encoder import TextEncoder, Tokens
 from .request import AnyRequest, GenerationRequest, ResolvedRequest, expand_requests, with_noise
+from .rules import shown
 from .sampling.noise import generator_noise, generator_seeds
 
 Result = TypeVar("Result")
@@ -60,6 +61,9 @@ class Call:
     """What of its way a picture goes, if not all."""
     changed: set[str] = field(default_factory=set)
     """The tensors of the picture at work that the callback had a hand in."""
+
+    def __post_init__(self) -> None:
+        check_cancel(self.cancel)
 
     def take_changed(self) -> tuple[str, ...]:
         """What of the picture that is done was `changed`; the next one begins anew."""
@@ -107,6 +111,18 @@ def resolve_call(
         with_noise(one, seed=seed) if seed is not None else with_noise(one, latents=latents[None])
         for one, (seed, latents) in zip(resolved, noise, strict=True)
     ]
+
+
+def as_request(value: Any, name: str = "request") -> AnyRequest:
+    """`value`, or of a text the request of that prompt; raises `RequestError`, which calls it `name`, for others."""
+    if isinstance(value, str):
+        return GenerationRequest(value)
+    if not isinstance(value, AnyRequest):
+        raise RequestError(
+            f"{name} must be a request or a text, got {shown(value)}; pass a GenerationRequest or a prompt, of one "
+            "picture"
+        )
+    return value
 
 
 def read_sources(request: AnyRequest) -> AnyRequest:

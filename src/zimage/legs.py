@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .callbacks import StepCallback, StepHook
-from .calls import Call
+from .calls import Call, as_request
 from .denoiser import schedule
 from .errors import RequestError
 from .files.relayed import SHARED
@@ -124,11 +124,12 @@ def check_handover(handover: float) -> float:
     return number("handover", handover, 0.0, 1.0)
 
 
-def with_steps(request: AnyRequest) -> AnyRequest:
+def with_steps(request: AnyRequest | str) -> AnyRequest:
     """`request` for the base model's part, with `STEPS` where it leaves the schedule open."""
-    if isinstance(request, ResolvedRequest) or request.num_inference_steps is not None or request.sigmas is not None:
-        return request
-    return replace(request, num_inference_steps=STEPS)
+    asked = as_request(request)
+    if isinstance(asked, ResolvedRequest) or asked.num_inference_steps is not None or asked.sigmas is not None:
+        return asked
+    return replace(asked, num_inference_steps=STEPS)
 
 
 def finish_of(request: ResolvedRequest, turbo_steps: int | None) -> GenerationRequest:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calls import Call, CancelToken, progress_bar, texts_of, tokens_of, warn_if_cut
+from .callbacks import check_cancel
+from .calls import Call, CancelToken, as_request, progress_bar, texts_of, tokens_of, warn_if_cut
 from .calls import result_of as latents_of
 from .denoiser import Preparation
 from .errors import RequestError
@@ -26,7 +27,7 @@ from .hires import demands
 from .memory.ladder import is_out_of_memory
 from .models.text_encoder import Tokens
 from .output import Drawn
-from .request import AnyRequest, GenerationRequest, ResolvedRequest
+from .request import AnyRequest, ResolvedRequest
 from .rules import shown
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class Drawing:
         bar_options: Mapping[str, Any],
         embed_recipe: bool,
     ) -> None:
-        """Raises `RequestError` if `requests` is one request, or nothing that can be gone through."""
-        if isinstance(requests, AnyRequest | str) or not isinstance(requests, Iterable):
+        """Raises `RequestError` if `requests` is one request, its options in a dict, or nothing to go through."""
+        check_cancel(cancel)
+        if isinstance(requests, AnyRequest | str | Mapping) or not isinstance(requests, Iterable):
             raise RequestError(
                 f"requests must be a list of requests or texts, or anything else that gives them one by one; got "
                 f"{shown(requests)}; put a single one into a list"
@@ -126,9 +128,7 @@ class Drawing:
         """The next request, or what is wrong with it, which is raised when its turn comes; `None` at the end."""
         try:
             for one in self._source:
-                if not isinstance(one, AnyRequest | str):
-                    raise RequestError(f"each of the requests must be a request or a text, got {shown(one)}")
-                resolved = self._pipe.resolve(GenerationRequest(one) if isinstance(one, str) else one)
+                resolved = self._pipe.resolve(as_request(one, "each of the requests"))
                 self._pipe._fit(resolved)
                 return resolved
         except Exception as error:

@@ -87,7 +87,7 @@ class Replay:
 
 def check_output_type(output_type: str) -> str:
     """`output_type`, if there is such a type; raises `RequestError` otherwise."""
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     return output_type
 

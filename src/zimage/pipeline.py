@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters.attaching import Picked
-from .callbacks import StepCallback, StepHook
+from .callbacks import StepCallback, StepHook, check_cancel
 from .calls import (
     PICTURE_OPTIONS,
     Call,
     CancelToken,
+    as_request,
     progress_bar,
     read_sources,
     resolve_call,
@@ -41,7 +42,7 @@ from .many import Drawing
 from .models.autoencoder import to_image
 from .output import Drawn, Step, ZImageOutput, check_output_type, check_stackable, collect
 from .recorded import Recorded
-from .request import AnyRequest, GenerationRequest, ResolvedRequest
+from .request import AnyRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 from .starting import Start, begin, enlarged
 
@@ -63,9 +64,10 @@ class ZImagePipeline(Recorded):
 
     _bar_options: Mapping[str, Any] = MappingProxyType({})
 
-    def resolve(self, request: AnyRequest) -> ResolvedRequest:
-        """`request` with nothing left open for this model, its images read; `RequestError` if it cannot work."""
-        limits, asked = self.limits, read_sources(self._with_adapters(request))
+    def resolve(self, request: AnyRequest | str) -> ResolvedRequest:
+        """`request`, or that of a text, with nothing left open for this model, its images read; `RequestError` if it
+        cannot work."""
+        limits, asked = self.limits, read_sources(self._with_adapters(as_request(request)))
         resolved = asked.resolve(self.variant, shift=self.shift, limits=limits)
         self._choose(resolved)
         if resolved.image is not None:
@@ -155,6 +157,7 @@ class ZImagePipeline(Recorded):
         """
         options = {name: value for name, value in locals().items() if name in PICTURE_OPTIONS and value is not None}
         check_output_type(output_type)
+        check_cancel(cancel)
         if joint_attention_kwargs:
             options["adapters"] = self._scaled(adapters, joint_attention_kwargs)
         hook = StepHook.of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -183,7 +186,7 @@ class ZImagePipeline(Recorded):
 
         Raises `RequestError` and `NotEnoughMemory` at once, the rest while iterating.
         """
-        resolved = self.resolve(GenerationRequest(request) if isinstance(request, str) else request)
+        resolved = self.resolve(request)
         self._fit(resolved)
         tokens = tokenize([resolved], self.text_encoder)
         return self._stream(resolved, Call(Preparation(self.transformer), tokens, cancel), embed_recipe)
@@ -202,7 +205,8 @@ class ZImagePipeline(Recorded):
         the one between. `requests` may be endless: it is read one ahead, before the last step of the picture before.
         What is wrong with a request is raised at its turn, after the pictures before it; `close()` ends it.
 
-        Raises `RequestError` at once if `requests` is one request; all else, as a call does, while iterating.
+        Raises `RequestError` at once if `requests` is one request or `cancel` no event; all else, as a call does, while
+        iterating.
         """
         options = self._bar_options if progress else {"disable": True}
         return Drawing(self, requests, cancel=cancel, bar_options=options, embed_recipe=embed_recipe).pictures()

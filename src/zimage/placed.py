@@ -34,11 +34,14 @@ from .models.quantized import packed_as
 from .models.text_encoder import TextEncoder
 from .models.transformer import ZImageTransformer
 from .request import ResolvedRequest
+from .rules import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _MODELS = ("text_encoder", "transformer", "autoencoder")
+_COMPONENTS = ("text_encoder", "transformer", "vae", "controlnet")
+"""What diffusers calls the parts that a device holds."""
 
 
 class Placed:
@@ -102,13 +105,15 @@ class Placed:
         As in diffusers the device is the one given, or CUDA. What passes through waits in the host's memory, or where
         the device is the CPU in the checkpoint's files. `RequestError` where there is nothing to wait in.
         """
-        self._offload(_device_of(gpu_id, device), text_encoder="streamed")
+        self._offload(runtime.numbered_device(gpu_id, device), text_encoder="streamed")
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None
     ) -> None:
         """Let the layers of text encoder and transformer pass through the device: the least memory, the most time."""
-        self._offload(_device_of(gpu_id, device), text_encoder="streamed", resident_blocks=0, context_resident=False)
+        self._offload(
+            runtime.numbered_device(gpu_id, device), text_encoder="streamed", resident_blocks=0, context_resident=False
+        )
 
     def enable_group_offload(
         self,
@@ -121,16 +126,19 @@ class Placed:
         record_stream: bool = False,
         low_cpu_mem_usage: bool = False,
         offload_to_disk_path: str | None = None,
-        exclude_modules: str | Collection[str] = (),
+        exclude_modules: str | Collection[str] | None = None,
     ) -> None:
-        """As `enable_sequential_cpu_offload`, but for `exclude_modules` ("text_encoder", "transformer").
+        """As `enable_sequential_cpu_offload`, but for `exclude_modules` ("text_encoder", "transformer"; "vae" and
+        "controlnet" always stay).
 
         With `offload_to_disk_path` layers wait in the checkpoint's own files, and nothing is written there. Layers
         always move one by one, ahead of their use, so the other settings of diffusers decide nothing.
         """
-        if torch.device(offload_device).type != "cpu":
+        if runtime.named_device(offload_device).type != "cpu":
             raise RequestError(f"offload_device must be the CPU, got {offload_device!r}")
-        kept = {exclude_modules} if isinstance(exclude_modules, str) else set(exclude_modules)
+        kept = (exclude_modules,) if isinstance(exclude_modules, str) else exclude_modules or ()
+        if not isinstance(kept, Collection) or any(name not in _COMPONENTS for name in kept):
+            raise RequestError(f"exclude_modules must be out of {', '.join(_COMPONENTS)}; got {shown(exclude_modules)}")
         changes: dict[str, Any] = {}
         if "text_encoder" not in kept:
             changes |= {"text_encoder": "streamed"}
@@ -338,13 +346,3 @@ class Placed:
             device = self.device.type  # asked in its turn: who came before may have closed the pipeline
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 yield
-
-
-def _device_of(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:
-    """diffusers' two ways to name a device as one."""
-    if gpu_id is None:
-        return device
-    kind = torch.device(device or "cuda")
-    if kind.index not in (None, gpu_id):
-        raise RequestError(f"gpu_id={gpu_id} and device={device!r} are two devices; leave one out")
-    return f"{kind.type}:{gpu_id}"

@@ -56,8 +56,11 @@ class Previewing(Parts):
                 `AutoencoderTiny`), whose pictures have the full size. It needs memory that the plan does not count.
             cache_dir, token, local_files_only: as for `from_pretrained`.
 
-        Raises `CheckpointError` for a decoder that cannot be had or is for other latents.
+        Raises `CheckpointError` for a decoder that cannot be had or is for other latents, `RequestError` for what names
+        none.
         """
+        if not isinstance(decoder, str | os.PathLike):
+            raise RequestError(f"decoder must be 'linear', 'taef1', a hub id or a folder, got {shown(decoder)}")
         if decoder == "linear":
             self._previewer = None
             return

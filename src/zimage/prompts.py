@@ -135,6 +135,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
     Raises `RequestError` if there are none, or the file cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise RequestError(f"path must be that of a text file of prompts, got {shown(path)}")
     prompts = _lines(Path(path))
     if not prompts:
         raise RequestError(f"{path} has no prompts: write one on each line (lines that begin with # are left out)")
@@ -225,6 +227,11 @@ class _Lists:
     """The lists that a template names, each read once, however often it is named."""
 
     def __init__(self, wildcards: Wildcards | None) -> None:
+        if not isinstance(wildcards, Mapping | str | os.PathLike | None):
+            raise RequestError(
+                f"wildcards must be lists by name, like {{'animal': ['fox', 'owl']}}, or a folder of text files; got "
+                f"{shown(wildcards)}"
+            )
         self._wildcards = wildcards
         self._known: dict[str, Choice] = {}
 
@@ -241,7 +248,7 @@ def _entries(name: str, wildcards: Wildcards | None) -> Sequence[str]:
         raise RequestError(f"__{name}__ names a list and none are given; pass wildcards (--wildcards), or write \\__")
     if isinstance(wildcards, Mapping):
         entries, where = wildcards.get(name), f"those given: {', '.join(sorted(map(str, wildcards))) or 'none'}"
-        if entries is not None and (isinstance(entries, str) or not all(isinstance(one, str) for one in entries)):
+        if entries is not None and (isinstance(entries, str) or not _are_texts(entries)):
             raise RequestError(f"the list {name} must be a list of texts, got {shown(entries)}")
     else:
         folder = Path(wildcards)
@@ -255,6 +262,10 @@ def _entries(name: str, wildcards: Wildcards | None) -> Sequence[str]:
     if not entries:
         raise RequestError(f"the list {name} is empty")
     return entries
+
+
+def _are_texts(entries: object) -> bool:
+    return isinstance(entries, Sequence) and all(isinstance(one, str) for one in entries)
 
 
 def _lines(file: Path) -> list[str]:

@@ -14,12 +14,14 @@ from PIL import Image
 from . import runtime
 from .calls import CancelToken, read_given
 from .controlled import Chosen
+from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
 from .files.relayed import require_one_model
 from .output import Replay, ZImageOutput
 from .previews import Previewing
 from .request import ResolvedRequest
+from .rules import shown
 
 
 class Recorded(Previewing):
@@ -59,8 +61,13 @@ class Recorded(Previewing):
         """All that is needed to make `image` again from `request`, with the adapters and the ControlNet loaded now.
 
         `strip_levels` of its decode were in strips, as many as would be now if not given. Raises `AdapterError` or
-        `RequestError` where the request names an adapter, or needs a ControlNet, that is not loaded.
+        `RequestError` where the request names an adapter, or needs a ControlNet, that is not loaded, or leaves
+        something open.
         """
+        if not isinstance(request, ResolvedRequest):
+            raise RequestError(
+                f"request must be a resolved one, from an output's `requests` or `resolve`, got {shown(request)}"
+            )
         strip_levels = self._strip_levels(request) if strip_levels is None else strip_levels
         return self._recipe(request, self._choose(request), image, strip_levels)
 

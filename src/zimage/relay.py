@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .callbacks import StepCallback, StepHook
+from .callbacks import StepCallback, StepHook, check_cancel
 from .calls import PICTURE_OPTIONS, Call, CancelToken, Leg, progress_bar, read_given, resolve_call, result_of, tokenize
 from .controlled import Chosen
 from .denoiser import Preparation
@@ -31,7 +31,7 @@ from .pairing import check_pair, check_place, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
 from .recorded import compared
-from .request import AnyRequest, GenerationRequest, ResolvedRequest
+from .request import AnyRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Relay:
                 raise RequestError(_SAYS_ALL)
             resolved = replace(request, base=self.base.resolve(request.base), turbo=self.turbo.resolve(request.turbo))
         else:
-            asked = self._resolve_base(GenerationRequest(request) if isinstance(request, str) else request)
+            asked = self._resolve_base(request)
             level = HANDOVER if handover is None else check_handover(handover)
             resolved = RelayRequest(asked, self.turbo.resolve(finish_of(asked, turbo_steps)), level)
         _ = resolved.levels  # each model must have a step
@@ -158,6 +158,7 @@ class Relay:
             raise RequestError(f"a relay has no option {', '.join(sorted(unknown))}; see Relay and GenerationRequest")
         options = {name: value for name, value in options.items() if value is not None}
         check_output_type(output_type)
+        check_cancel(cancel)
         StepHook.of(self.base, callback_on_step_end, callback_on_step_end_tensor_inputs)
         alone = self._alone(handover, turbo_steps)
         if alone is not None:
@@ -226,8 +227,7 @@ class Relay:
         progress: bool = False,
     ) -> Replay:
         """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same; the result's
-        `request` is the base model's. Raises `RequestError` for a picture of one model, whose own pipeline replays it,
-        and as a pipeline does."""
+        `request` is the base model's. Raises what a pipeline does, and `RequestError` for a picture of one model."""
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         if recipe.turbo is None:
             raise RequestError(
@@ -278,7 +278,7 @@ class Relay:
             make(one) for one in resolve_call(prompt, options, number, generator, resolve=resolve, latent_shape=shape)
         ]
 
-    def _resolve_base(self, request: AnyRequest) -> ResolvedRequest:
+    def _resolve_base(self, request: AnyRequest | str) -> ResolvedRequest:
         return self.base.resolve(with_steps(request))
 
     def _fit(self, request: RelayRequest) -> None:

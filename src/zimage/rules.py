@@ -30,6 +30,7 @@ NATIVE_SIDE = 1024
 """Pixels per side that the variants' sizes are meant for: the released models' (`sample_size` in vae/config.json)."""
 _UNSAID = 32
 """AutoencoderKL's `sample_size` where a config does not say: below what any model is trained at."""
+_DENSE = "torch.strided"
 MIN_AREA, MAX_AREA = 256**2, 2048**2
 """Pixels of an image at that side; the models are made for 512² to 2048² (model cards)."""
 MAX_STEPS = 1000
@@ -92,6 +93,9 @@ def resolve_size(
     request: GenerationRequest, variant: Variant, limits: Limits, canvas: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Height and width as asked, else those of the `canvas` or, where there is none, the model's own."""
+    for name in ("height", "width"):  # before one side follows from the other
+        if getattr(request, name) is not None:
+            integer(name, getattr(request, name), 1, limits.max_side)
     scale, step = limits.native_side / NATIVE_SIDE, limits.size_multiple
     if canvas is None:
         defaults = [max(step, round(getattr(variant, name) * scale / step) * step) for name in ("height", "width")]
@@ -136,7 +140,7 @@ def _sides_of(canvas: tuple[int, int], asked: tuple[Any, Any], step: int) -> lis
 
 def check_sampler(name: Any) -> str:
     """`name`, if a sampler is called so."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     return next(known for known in SAMPLERS if known == name)
 
@@ -267,6 +271,8 @@ def _or(asked: Any, default: Any) -> Any:
 def finite_tensor(name: str, value: Any, shape: str) -> None:
     if not is_tensor(value) or not value.is_floating_point():
         raise RequestError(f"{name} must be a floating-point torch tensor {shape}, got {shown(value)}")
+    if getattr(value, "is_meta", False) or str(getattr(value, "layout", _DENSE)) != _DENSE:
+        raise RequestError(f"{name} must be a dense tensor {shape} with values, got a sparse one or one on 'meta'")
     if not bool(value.isfinite().all()):
         raise RequestError(f"{name} has values that are not finite (NaN or infinity); check where they come from")
 

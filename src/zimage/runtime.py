@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,18 +15,32 @@ from .errors import RequestError
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the best there is: CUDA, then MPS, then the CPU. Raises `RequestError` for one that is not there."""
+    """`device`, or the best there is: CUDA, then MPS, then the CPU. Raises `RequestError` for one that is not there, or
+    on which nothing is computed ("meta")."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"device {device!r} cannot be used here ({reason}); leave it out, or pass 'cpu'") from error
+    chosen = named_device(device)
+    with _usable(device):
+        torch.empty(0, device=chosen).cpu()  # a device that keeps no values cannot give them back
     return chosen
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """The device that `device` means, be it there or not; raises `RequestError` where it means none."""
+    with _usable(device):
+        return torch.device(device)
+
+
+def numbered_device(gpu_id: int | None, device: str | torch.device | None) -> str | torch.device | None:
+    """diffusers' two ways to name a device as one."""
+    if gpu_id is None:
+        return device
+    kind = named_device(device or "cuda")
+    if kind.index not in (None, gpu_id):
+        raise RequestError(f"gpu_id={gpu_id} and device={device!r} are two devices; leave one out")
+    return f"{kind.type}:{gpu_id}"
 
 
 def describe(
@@ -64,6 +80,16 @@ def portable_path(folder: Path) -> str:
         return f"~/{absolute.relative_to(Path.home()).as_posix()}"
     except (ValueError, RuntimeError):
         return str(absolute)
+
+
+@contextmanager
+def _usable(device: object) -> Iterator[None]:
+    """Whatever torch raises for `device` as a `RequestError`."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device {device!r} cannot be used here ({reason}); leave it out, or pass 'cpu'") from error
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,16 @@ def test_what_cannot_be_asked_for(
     with pytest.raises(RequestError, match=message):
         convert_checkpoint(tiny, tmp_path / target, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_is_a_path(tiny: Path) -> None:
+    for write in (
+        partial(convert_checkpoint, tiny),
+        ZImagePipeline.from_pretrained(tiny, device="cpu").save_pretrained,
+    ):
+        for wrong in (None, 5):
+            with pytest.raises(RequestError, match=f"what is written needs a path, got {wrong}"):
+                write(wrong)  # type: ignore[operator]
 
 
 def test_a_file_as_the_model_needs_a_variant(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from zimage.checkpoint.inspect import inspect_checkpoint
@@ -112,7 +113,13 @@ def test_an_empty_folder_is_taken_and_a_used_one_refused(turbo: Components, tiny
     assert sorted(path for path in tiny.rglob("*")) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), ValueError])
+FULL_DISK = (
+    OSError(28, "No space left on device"),
+    SafetensorError('Error while serializing: I/O error: No space left on device (os error 28) at path "/a/.tmpX"'),
+)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, *FULL_DISK, ValueError])
 def test_a_failure_leaves_nothing_behind(
     error: Any, turbo: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,9 +127,10 @@ def test_a_failure_leaves_nothing_behind(
         raise error
 
     monkeypatch.setattr("zimage.checkpoint.save.save_file", fail)
-    expected = CheckpointError if isinstance(error, OSError) else error
-    with pytest.raises(expected):
+    with pytest.raises(CheckpointError if error in FULL_DISK else error) as raised:
         save_components(turbo, tmp_path / "new" / "saved")
+    if error in FULL_DISK:
+        assert str(raised.value) == f"{tmp_path / 'new' / 'saved'} cannot be written: No space left on device"
     assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
 
 

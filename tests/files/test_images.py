@@ -202,6 +202,8 @@ def test_an_image_below_pillows_own_limit_is_refused_by_ours(tmp_path: Path) -> 
         (BYTES.astype(float), "must have numbers in .0, 1., and they go from 0 to 248; divide bytes by 255"),
         (BYTES / 127.5 - 1, "take x / 2"),
         (np.full((2, 2, 3), np.nan), "must have numbers in"),
+        (torch.eye(3).to_sparse(), r"image is a tensor whose values cannot be read \(.*Sparse.*\); pass a dense one"),
+        (torch.zeros(3, 5, 7, device="meta"), r"whose values cannot be read \(.*meta tensor.*\); pass a dense one"),
         (Image.new("F", (2, 2)), "image is of Pillow's mode F, whose numbers have no range; pass an array"),
         (Image.new("RGB", (0, 2)), "no pixels: it is 0x2"),
     ],

@@ -17,7 +17,7 @@ import torch
 from zimage import RequestError, ZImagePipeline
 from zimage.memory.plan import Plan
 from zimage.memory.residency import Residency
-from zimage.placed import _device_of
+from zimage.runtime import numbered_device
 from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
 
@@ -62,7 +62,7 @@ CHANGES: dict[str, tuple[Change, dict[str, Any]]] = {
         {"text_encoder": "streamed", "resident_blocks": 0, "context_resident": False},
     ),
     "group offload of the text encoder": (
-        lambda pipe: pipe.enable_group_offload(exclude_modules="transformer"),
+        lambda pipe: pipe.enable_group_offload(exclude_modules=("transformer", "vae")),
         {"text_encoder": "streamed", "resident_blocks": 4, "context_resident": True},
     ),
     "group offload of the transformer": (
@@ -156,7 +156,7 @@ def test_memory_of_the_host_where_the_device_is_another(folder: Path, expected: 
      ((2, "cuda:2"), "cuda:2")],
 )  # fmt: skip
 def test_two_ways_to_name_a_device(given: tuple[Any, Any], device: str | None) -> None:
-    assert _device_of(*given) == device
+    assert numbered_device(*given) == device
 
 
 def test_wrong_devices_are_refused(folder: Path) -> None:
@@ -165,8 +165,14 @@ def test_wrong_devices_are_refused(folder: Path) -> None:
         pipe.enable_model_cpu_offload(gpu_id=1, device="cuda:0")
     with pytest.raises(RequestError, match="offload_device must be the CPU, got 'cuda'"):
         pipe.enable_group_offload(offload_device="cuda")
+    for options in ({"device": "nonsense"}, {"gpu_id": 0, "device": "nonsense"}):
+        with pytest.raises(RequestError, match="device 'nonsense' cannot be used here"):
+            pipe.enable_model_cpu_offload(**options)
     with pytest.raises(RequestError, match="device 'nonsense' cannot be used here"):
-        pipe.enable_model_cpu_offload(device="nonsense")
+        pipe.enable_group_offload("cpu", offload_device="nonsense")
+    for excluded in (["transfomer"], "transfomer", ["vae", 5], 5):
+        with pytest.raises(RequestError, match="must be out of text_encoder, transformer, vae, controlnet; got "):
+            pipe.enable_group_offload("cpu", exclude_modules=excluded)  # type: ignore[arg-type]
     assert not pipe._residency.streams
 
 

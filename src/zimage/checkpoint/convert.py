@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import RequestError
 from ..files.atomic import check_target, write_atomically
 from .configs import LEGACY_TOKENIZER_FILES, MODEL_INDEX, PARTS, SCHEDULER, TEMPLATE_FILE, TOKENIZER_FILES
-from .folders import check_free, copy_file, whole_or_nothing
+from .folders import check_free, copy_file, target_path, whole_or_nothing
 from .locate import locate
 from .outgoing import STORED, Outgoing, for_comfyui, for_gguf, for_hub
 from .reading import exists
@@ -79,7 +79,7 @@ def convert_checkpoint(
     With `overwrite` a file or a checkpoint folder at `target` is replaced, with all that is in it. Nothing is left of
     what fails. Raises `RequestError` for what cannot be asked for and `CheckpointError` for what cannot be read.
     """
-    goal, shard_bytes = _goal(Path(target).expanduser(), part, dtype), shard_size(max_shard_size)
+    goal, shard_bytes = _goal(target_path(target), part, dtype), shard_size(max_shard_size)
     _check_files(goal, {"transformer": transformer, "text_encoder": text_encoder, "vae": vae})
     _check_target(goal, overwrite)
     place = locate(

@@ -21,6 +21,14 @@ from .reading import exists, open_regular, reason
 _COPY = 16 << 20
 
 
+def target_path(target: str | os.PathLike[str]) -> Path:
+    """Where `target` is, "~" being the home folder; raises `RequestError` for what is no path."""
+    try:
+        return Path(target).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise RequestError(f"what is written needs a path, got {target!r} ({reason(error)})") from None
+
+
 def check_free(target: Path, *, overwrite: bool = False) -> None:
     """Raise `RequestError` where `whole_or_nothing` would refuse `target`."""
     if not exists(target) or (target.is_dir() and not any(target.iterdir())):

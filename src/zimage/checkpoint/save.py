@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from .configs import (
     TEMPLATE_FILE,
     TOKENIZER_FILES,
 )
-from .folders import check_free, copy_file, sync, whole_or_nothing, write_json
+from .folders import check_free, copy_file, sync, target_path, whole_or_nothing, write_json
 from .load import Components
 from .modules import build
 from .outgoing import for_hub
@@ -52,7 +53,7 @@ def save_components(
     in bytes or like "5GB".
     Raises `RequestError` for a folder that is in use and `CheckpointError` for components that are no plain model.
     """
-    target = Path(folder).expanduser()
+    target = target_path(folder)
     shard_bytes = shard_size(max_shard_size)
     check_free(target)
     with whole_or_nothing(target) as partial:
@@ -140,12 +141,21 @@ def _write_weights(place: Path, component: str, state: dict[str, Tensor], shard_
     plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=shard_bytes)
     for name, tensors in plan.filename_to_tensors.items():
         shard = {tensor: state[tensor].detach().to("cpu").contiguous() for tensor in tensors}
-        save_file(shard, place / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, place / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _of_the_disk(error) from error
         with open(place / name, "r+b") as written:
             sync(written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(place / index_name(component), index)
+
+
+def _of_the_disk(error: SafetensorError) -> OSError:
+    """What the disk said, which safetensors wraps: "...I/O error: No space left on device (os error 28) at path..."."""
+    said = re.search(r"I/O error: (.+) \(os error (\d+)\)", str(error))
+    return OSError(int(said[2]), said[1]) if said else OSError(str(error))
 
 
 def shard_size(size: object) -> int:

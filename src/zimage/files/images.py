@@ -91,7 +91,7 @@ def _pixels(name: str, value: Any) -> Array:
     if isinstance(value, Image.Image):
         return _of_pillow(name, value)
     if is_tensor(value):
-        return _of_array(name, _from_tensor(value), value)
+        return _of_array(name, _from_tensor(name, value), value)
     if isinstance(value, np.ndarray):
         return _of_array(name, value[0] if value.ndim == 4 and len(value) == 1 else value, value)
     raise RequestError(
@@ -131,10 +131,14 @@ def _deep(name: str, grey: Array) -> Array:
     return np.repeat((grey / np.float32(DEEPEST)).astype(np.float32)[:, :, None], 3, axis=2)
 
 
-def _from_tensor(tensor: Any) -> Array:
+def _from_tensor(name: str, tensor: Any) -> Array:
     """Channels last, and no batch of one; of a plain (height, width) neither."""
-    plain = tensor.detach().cpu()
-    array: Array = (plain.float() if plain.is_floating_point() else plain).numpy()
+    try:
+        plain = tensor.detach().cpu()
+        array: Array = (plain.float() if plain.is_floating_point() else plain).numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, or on the meta device
+        said = str(error).splitlines()[0]
+        raise RequestError(f"{name} is a tensor whose values cannot be read ({said}); pass a dense one") from None
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
