@@ -86,6 +86,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "diversity-text": ("base", {"diversity": "much"}, "diversity must be a number from 0 to 4"),
     "truncation-negative": ("base", {"cfg_truncation": -0.1}, "cfg_truncation must be a number from 0 to 1"),
     "seed-negative": ("turbo", {"seed": -1}, SEED),
+    "seed-too-long": ("turbo", {"seed": 10**5000}, f"{SEED} from 0 to {MAX_SEED}, got one of more than 30 digits"),
     "seed-too-large": ("turbo", {"seed": 2**32}, f"{SEED} from 0 to {MAX_SEED}, got {2**32}"),
     "seed-fraction": ("turbo", {"seed": 7.0}, SEED),
     "seed-bool": ("turbo", {"seed": True}, SEED),

@@ -36,6 +36,8 @@ MIN_AREA, MAX_AREA = 256**2, 2048**2
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
 
+_LONGEST = 10**30
+"""Beyond it a message does not show a number; Python refuses to write one of 4300 digits."""
 MAX_DIVERSITY = 4.0
 """Of noise in caption features, in their standard deviations: far beyond where captions are still drawn."""
 MAX_ADAPTERS, MAX_STRENGTH = 64, 100.0
@@ -296,7 +298,8 @@ def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
     except TypeError:
         raise RequestError(f"{name} must be a whole number, got {shown(value)}") from None
     if isinstance(value, bool) or not minimum <= number <= maximum:
-        raise RequestError(f"{name} must be a whole number from {minimum} to {maximum}, got {value}")
+        came = value if abs(number) < _LONGEST else "one of more than 30 digits"
+        raise RequestError(f"{name} must be a whole number from {minimum} to {maximum}, got {came}")
     return number
 
 

@@ -90,6 +90,8 @@ def test_comfyui_has_the_published_names(pipe: ZImagePipeline, ink: Path, tmp_pa
 
 def test_what_cannot_be_saved_is_refused(pipe: ZImagePipeline, ink: Path, tmp_path: Path) -> None:
     pipe.load_adapter(ink)
+    with pytest.raises(RequestError, match="what is written needs a path, got None"):
+        pipe.save_adapter(None, "ink")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="naming must be 'peft' or 'comfyui', got 'kohya'"):
         pipe.save_adapter(tmp_path, "ink", naming="kohya")
     with pytest.raises(RequestError, match=r"saved as a .safetensors file or into a folder that exists"):

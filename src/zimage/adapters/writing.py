@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..checkpoint.folders import target_path
 from ..errors import RequestError
 from ..files.atomic import write_atomically
 from .adapter import Adapter
@@ -31,7 +32,7 @@ def save_adapter(
     """
     if naming not in _HALVES:
         raise RequestError(f"naming must be {' or '.join(map(repr, _HALVES))}, got {naming!r}")
-    path = Path(target).expanduser()
+    path = target_path(target)
     if path.is_dir():
         path = path / (NAMES[0] if naming == "peft" else f"{name}.safetensors")
     if path.suffix != ".safetensors":
