@@ -151,8 +151,12 @@ def test_a_file_that_was_changed_is_refused(folder: Path, resident: ZImagePipeli
         pixels(pipe, **PICTURE)
 
 
-def test_what_a_streaming_pipeline_cannot_do_is_said(folder: Path, resident: ZImagePipeline, tmp_path: Path) -> None:
+def test_what_a_streaming_pipeline_cannot_do_is_said(
+    folder: Path, resident: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moving to another device too, for which "meta" stands here."""
     pipe = load(folder, planned(resident, resident_blocks=1))
+    monkeypatch.setattr("zimage.runtime.choose_device", torch.device)
     refusals: list[Callable[[], Any]] = [
         lambda: pipe.to(torch.float32),
         lambda: pipe.to("meta"),
