@@ -58,7 +58,7 @@ def test_rows_are_rounded(noise: Callable[..., Tensor], dtype: torch.dtype, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 35, 48), (1, 2, 3840)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 35, 48), (1, 2, 3840), (2, 3, 64)], ids=str)
 def test_norms_and_gates_round_what_they_make(
     noise: Callable[..., Tensor], dtype: torch.dtype, kind: str, shape: tuple[int, ...]
 ) -> None:

@@ -199,13 +199,14 @@ def gate(
 
 def _gate_rows(opening: Tensor, content: Tensor, scale: float, narrow: torch.dtype) -> Rounded | None:
     width = opening.shape[-1]
-    columns = _power_of_two(width)
     if width > WIDEST or not _converts(opening, narrow):
         return None
+    head = 1 << (width.bit_length() - 1)
+    tail = _power_of_two(width - head) if width > head else 0
     result, scales = _rows_like(opening, opening.dtype, narrow)
     _launch(
         rows.gate_rows, (opening.numel() // width,), opening, content, result, scales,
-        scale=scale, width=width, columns=columns, num_warps=_warps(columns),
+        scale=scale, width=width, head=head, tail=tail, num_warps=_warps(head + tail),
     )  # fmt: skip
     assert scales is not None
     return result, scales, opening.dtype

@@ -31,19 +31,33 @@ def _store(values, result, scales, place, row, inside, is_row):
     if scales is None:
         tl.store(result + place, values, mask=inside)
     else:
-        narrow: tl.constexpr = result.dtype.element_ty
-        inverse: tl.constexpr = 1.0 / 127.0 if narrow == tl.int8 else 1.0 / 448.0
-        wide = values.to(tl.float32)
-        # A maximum passes NaN over; in this sum, 0 else, it and infinities stay.
-        broken = tl.sum(wide * 0.0, 1)
-        scale = tl.maximum(tl.max(tl.abs(wide), 1) * inverse, 7.888609052210118e-31) + broken  # at least 2⁻¹⁰⁰
-        scaled = wide * tl.div_rn(1.0, scale)[:, None]
-        if narrow == tl.int8:
-            scaled = (
-                scaled + 12582912.0
-            ) - 12582912.0  # 1.5 · 2²³, beside which only whole numbers are: to the nearest
-        tl.store(result + place, scaled.to(narrow), mask=inside)
+        scale = _scale(_most(values), result.dtype.element_ty)
+        tl.store(result + place, _narrow(values, scale, result.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale, mask=is_row)
+
+
+@triton.jit
+def _most(values):
+    """The largest magnitude in each of the rows (rows, columns), as the bits of a float32: as whole numbers those are
+    in the order of what they mean, and NaN, which a maximum of numbers passes over, is above all."""
+    return tl.max(values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def _scale(most, narrow: tl.constexpr):
+    """The scale of rows with these magnitudes in `narrow`, at least 2⁻¹⁰⁰."""
+    inverse: tl.constexpr = 1.0 / 127.0 if narrow == tl.int8 else 1.0 / 448.0
+    scale = (most.to(tl.float32, bitcast=True) * inverse).to(tl.int32, bitcast=True)
+    return tl.maximum(scale, (127 - 100) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _narrow(values, scale, narrow: tl.constexpr):
+    """Rows (rows, columns) in `narrow`, each divided by its scale."""
+    scaled = values.to(tl.float32) * tl.div_rn(1.0, scale)[:, None]
+    if narrow == tl.int8:
+        scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³, beside which only whole numbers are: to the nearest
+    return scaled.to(narrow)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -249,13 +263,28 @@ def gate_elements(
 
 
 @triton.jit
-def gate_rows(gate, content, result, scales, scale: tl.constexpr, width: tl.constexpr, columns: tl.constexpr):
-    """The same for one row of `width` numbers a program, rounded as `_store` has it; grid (tokens,)."""
+def gate_rows(
+    gate, content, result, scales, scale: tl.constexpr, width: tl.constexpr, head: tl.constexpr, tail: tl.constexpr
+):
+    """The same for one row of `width` numbers a program, rounded as `_store` has it; grid (tokens,).
+
+    A row is taken as its first `head` numbers and the `tail` after them, both powers of two: 10240 have no power of two
+    near above them. There may be no tail."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    column = tl.arange(0, columns)[None, :]
-    place, inside = row[:, None] * width + column, column < width
-    gated = tl.where(inside, _gated(gate, content, place, inside, scale), 0.0)
-    _store(gated, result, scales, place, row, inside, row >= 0)
+    narrow: tl.constexpr = result.dtype.element_ty
+    place = row[:, None] * width + tl.arange(0, head)[None, :]
+    first = _gated(gate, content, place, None, scale)
+    most = _most(first)
+    if tail > 0:
+        column = head + tl.arange(0, tail)[None, :]
+        after, inside = row[:, None] * width + column, column < width
+        rest = tl.where(inside, _gated(gate, content, after, inside, scale), 0.0)
+        most = tl.maximum(most, _most(rest))
+    factor = _scale(most, narrow)
+    tl.store(result + place, _narrow(first, factor, narrow))
+    if tail > 0:
+        tl.store(result + after, _narrow(rest, factor, narrow), mask=inside)
+    tl.store(scales + row, factor)
 
 
 @triton.jit
