@@ -28,7 +28,7 @@ from zimage.cli.running import evaluations
 from zimage.testing import build_checkpoint
 from zimage.training import judge
 from zimage.training.captions import evaluation_captions
-from zimage.variants import DEMOS
+from zimage.variants import BASE, DEMOS
 
 Row = dict[str, Any]
 STEPS = 50
@@ -45,7 +45,9 @@ SETTINGS: dict[str, Row] = {
     "dpmpp_2m, cache=balanced": {"sampler": "dpmpp_2m", "cache": CACHES[0]},
 }
 """What each differs in from the base model's recipe; the first is what the others are compared with."""
-RANDOM = {"height": 256, "width": 256}
+GUIDED: Row = {"guidance_scale": BASE.guidance_scale}
+"""The released base model's, also for a demo whose own is another."""
+RANDOM: Row = {**GUIDED, "height": 256, "width": 256}
 SENTENCES = ("a red fox in the snow", "an old house by the sea at night", "a bowl of fruit on a table", "two friends")
 
 
@@ -78,7 +80,7 @@ def measure(model: str, count: int, scratch: Path, device: str) -> list[Row]:
     if model in DEMOS:
         pipe = ZImagePipeline.from_pretrained(model, device=device)
         captions = [caption for kind in ("single", "pair") for caption in evaluation_captions(kind, count, 0)]
-        options: Row = {}
+        options = GUIDED
     else:
         pipe = ZImagePipeline.from_pretrained(
             build_checkpoint(scratch / model, size=model, variant="base"), device=device

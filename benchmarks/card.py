@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "float8": {"weight_dtype": "float8", "quantize_activations": True, **DRAWN},
     "1024-compiled": {"compile": True, **DRAWN},
     "float8-compiled": {"compile": True, "weight_dtype": "float8", "quantize_activations": True, **DRAWN},
+    "1024-graphs": {"cuda_graphs": True},
+    "float8-graphs": {"cuda_graphs": True, "weight_dtype": "float8", "quantize_activations": True},
     "256-graphs": {"cuda_graphs": True, "height": 256, "width": 256},
     "512-graphs": {"cuda_graphs": True, "height": 512, "width": 512},
     "256-graphs-compiled": {"compile": True, "cuda_graphs": True, "height": 256, "width": 256, **DRAWN},

@@ -1,11 +1,11 @@
 """What a relay keeps of the base model and what it saves: the table of docs/relay.md.
 
-Pictures are made many at a time, as `zimage.training.evaluate` does, by the two transformers along the noise levels of
-a `RelayRequest`, so a picture here is the relay's of the same seed up to rounding; all handovers of a schedule begin
-with the same steps of the base model, which are taken once. "single" and "pair" are the percentages of held-out
-captions that are drawn as they say. "avoided": captions that leave the colour open are drawn, and then again with the
-colour that came as the negative prompt; how often nothing has it any more, and how often what is drawn then is as
-asked.
+Pictures are made many at a time, as `zimage.training.evaluate` does, by the two transformers along the noise levels
+of a `RelayRequest`, so a picture here is the relay's of the same seed up to rounding; all handovers of a schedule
+begin with the same steps of the base model, which are taken once, with the guidance of the released one. "single" and
+"pair" are the percentages of held-out captions that are drawn as they say. "avoided": captions that leave the colour
+open are drawn, and then again with the colour that came as the negative prompt; how often nothing has it any more,
+and how often what is drawn then is as asked.
 "diversity": bits of entropy, over seeds of "a ... on a white background", of colour (8), ninth of the picture (9) and
 size (2) at once and of each, mean over the five shapes, of those pictures that are as asked.
 
@@ -45,6 +45,7 @@ from zimage.training import judge
 from zimage.training.captions import evaluation_captions
 from zimage.training.tokenizer import batch_of, tokens_of
 from zimage.training.world import CANVASES, SHAPES, Claims, ObjectClaim
+from zimage.variants import BASE
 
 Row = dict[str, Any]
 Caption = tuple[str, Claims]
@@ -94,7 +95,7 @@ class Drawer:
 
     def __init__(self, relay: Relay, steps: int, handovers: Sequence[float]) -> None:
         self.relay, self.handovers = relay, list(handovers)
-        plain = GenerationRequest("", seed=0, num_inference_steps=steps)
+        plain = GenerationRequest("", seed=0, num_inference_steps=steps, guidance_scale=BASE.guidance_scale)
         self.base = relay.base.resolve(plain)
         self.turbo = relay.turbo.resolve(GenerationRequest("", seed=0))
         self.guidance = self.base.guidance_scale
