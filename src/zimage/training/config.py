@@ -13,7 +13,7 @@ LATENT_SCALE = 8
 """Pixels per side of a latent pixel."""
 BASE_GUIDANCE = 2.0
 """What the trained flow is guided with. It was measured: seeds then differ more than with the 4 of the released model's
-recipe, and as many pictures are as asked (docs/demo.md has the figures)."""
+recipe, and about as many pictures are as asked (docs/demo.md has the figures)."""
 TURBO_SAMPLER = "dpmpp_2m"
 """What a distilled student is drawn with: in as many evaluations more is right than with Euler's steps, which it has
 learned from (docs/training.md has the figures)."""
