@@ -28,7 +28,7 @@ from zimage.cli.running import evaluations
 from zimage.testing import build_checkpoint
 from zimage.training import judge
 from zimage.training.captions import evaluation_captions
-from zimage.variants import DEMOS
+from zimage.variants import BASE, DEMOS
 
 Row = dict[str, Any]
 STEPS = 50
@@ -78,7 +78,7 @@ def measure(model: str, count: int, scratch: Path, device: str) -> list[Row]:
     if model in DEMOS:
         pipe = ZImagePipeline.from_pretrained(model, device=device)
         captions = [caption for kind in ("single", "pair") for caption in evaluation_captions(kind, count, 0)]
-        options: Row = {}
+        options: Row = {"guidance_scale": BASE.guidance_scale}  # whatever the demo names of its own
     else:
         pipe = ZImagePipeline.from_pretrained(
             build_checkpoint(scratch / model, size=model, variant="base"), device=device
