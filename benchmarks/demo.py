@@ -43,6 +43,8 @@ Row = dict[str, Any]
 Caption = tuple[str, Claims]
 SWEEP = 25
 """Steps of the tables that compare many settings of the base model."""
+LIMITED = 4.0
+"""Guidance of the table of its limits: with as much as in the released model's recipe there is something to limit."""
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
 OPEN_SEEDS = 100
 
@@ -105,6 +107,7 @@ def described(subjects: Sequence[Subject]) -> Row:
             "fingerprint": one.pipe.model["fingerprint"],
             "dtype": str(one.pipe.dtype),
             "sampler": one.recipe.sampler,
+            "guidance_scale": one.recipe.guidance_scale,
         }
         for one in subjects
     }
@@ -145,14 +148,15 @@ def of_guidance(subjects: Sequence[Subject], count: int) -> list[Row]:
 
 
 def of_limits(subjects: Sequence[Subject], count: int) -> list[Row]:
-    """What truncation and normalization of guidance change."""
+    """What truncation and normalization of guidance change, where it is `LIMITED`."""
     settings = [(1.0, 0.0), (0.75, 0.0), (0.5, 0.0), (0.25, 0.0), (1.0, 1.0), (1.0, 0.8)]
     captions = evaluation_captions("single", count, 0)
     rows = []
     for subject in guided(subjects):
         for truncation, normalization in settings:
-            changes = {"steps": SWEEP, "cfg_truncation": truncation, "cfg_normalization": normalization}
-            request = GenerationRequest("", num_inference_steps=SWEEP, cfg_truncation=truncation)
+            limits = {"guidance_scale": LIMITED, "cfg_truncation": truncation}
+            changes = {**limits, "steps": SWEEP, "cfg_normalization": normalization}
+            request = GenerationRequest("", num_inference_steps=SWEEP, **limits)
             errors = [
                 colour_error(picture, claims)
                 for picture, (_, claims) in zip(subject.pictures(captions, **changes), captions, strict=True)

@@ -106,7 +106,8 @@ def main() -> None:
                         f"{name} {table}: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True
                     )
             if arguments.output:
-                drawn = {"model": pipe.model["fingerprint"], "sampler": pipe.variant.sampler}
+                recipe = {"sampler": pipe.variant.sampler, "guidance_scale": pipe.variant.guidance_scale}
+                drawn = {"model": pipe.model["fingerprint"], **recipe}
                 of = f", border {arguments.border}, seed {arguments.seed}" if table == "inpainting" else ""
                 keep(arguments.output, f"{table}, {name}{of}", {**drawn, "rows": rows})
 

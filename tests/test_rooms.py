@@ -22,6 +22,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "hires",
         "variants",
         "rules",
+        "own",
         "request",
         "caching",
         "_version",

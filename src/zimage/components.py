@@ -6,15 +6,14 @@ Parts are shared, never copied. Knows configurations and modules, not what is co
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
-from .checkpoint.configs import SAMPLER_KEY
 from .errors import CheckpointError
 from .models.text_encoder import with_last_layer
 from .models.transformer import PATCH, TOKEN_MULTIPLE
-from .rules import Limits, check_sampler, native_side
-from .variants import Variant, get_variant
+from .own import KEYS, OwnRecipe
+from .rules import Limits, native_side
+from .variants import Variant
 
 NAMES = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 
@@ -61,18 +60,11 @@ def shift_of(scheduler: Any) -> float:
     return float(shift)
 
 
-def drawn_with(variant: Variant, sampler: str | None, scheduler: Any) -> Variant:
-    """`variant` with the sampler that this model is best drawn with: `sampler`, else what its scheduler's config names.
-
-    `RequestError` for others than there are.
-    """
-    named = getattr(getattr(scheduler, "config", None), SAMPLER_KEY, None) if sampler is None else sampler
-    return variant if named is None else replace(variant, sampler=check_sampler(named))
-
-
-def own_sampler(variant: Variant) -> str | None:
-    """The sampler of a model, if it is not that of every model of its variant."""
-    return None if variant.sampler == get_variant(variant.name).sampler else variant.sampler
+def drawn_with(variant: Variant, own: OwnRecipe, scheduler: Any) -> Variant:
+    """`variant` as this model is best drawn: with what is its `own`, else with what its scheduler's config names."""
+    config = getattr(scheduler, "config", None)
+    named = OwnRecipe(**{name: getattr(config, key, None) for name, key in KEYS.items()})
+    return own.applied_to(named.applied_to(variant))
 
 
 def parts_of(pipeline: Any) -> dict[str, Any]:
@@ -85,19 +77,16 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
     return {name: getattr(pipeline, name) for name in NAMES}
 
 
-def to_diffusers(
-    *, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, shift: float, sampler: str | None = None
-) -> Any:
+def to_diffusers(*, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, shift: float, own: OwnRecipe) -> Any:
     """A diffusers `ZImagePipeline` over the same modules; the text encoder's unread last layer does nothing there.
 
-    It draws by Euler's method; a model's own `sampler` stays in its scheduler's config.
+    It draws by its own recipe; what is the model's `own` stays in its scheduler's config.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers import ZImagePipeline as DiffusersPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    if sampler is not None:
-        scheduler.register_to_config(**{SAMPLER_KEY: sampler})
+    scheduler.register_to_config(**own.to_config())
     return DiffusersPipeline(
         scheduler=scheduler,
         vae=vae,

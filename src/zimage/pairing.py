@@ -97,7 +97,7 @@ def load_pair(
     found = [_surveyed(place) for place in places]
     _check_order(
         [
-            detect_variant(variant=None, hub_id=place.hub_id, shift=one.configs.shift)
+            one.configs.own.applied_to(detect_variant(variant=None, hub_id=place.hub_id, shift=one.configs.shift))
             for place, one in zip(places, found, strict=True)
         ]
     )
@@ -131,7 +131,8 @@ def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch
         lender.text_encoder.tokenizer,
         parts.transformer,
         variant=TURBO.name,
-        sampler=parts.sampler,
+        sampler=parts.own.sampler,
+        guidance_scale=parts.own.guidance_scale,
         model=described(place),
         folder=place.folder,
     )

@@ -34,6 +34,7 @@ from .models.precision import cast, choose_dtype
 from .models.quantized import widening
 from .models.text_encoder import TextEncoder, without_last_layer
 from .models.transformer import ZImageTransformer
+from .own import OwnRecipe
 from .rules import Limits
 from .variants import detect_variant
 
@@ -58,6 +59,7 @@ class Parts(Controlled):
         *,
         variant: str | None = None,
         sampler: str | None = None,
+        guidance_scale: float | None = None,
         model: Mapping[str, str] | None = None,
         folder: Path | None = None,
         files: Mapping[str, Path] | None = None,
@@ -65,7 +67,8 @@ class Parts(Controlled):
         self.shift = components.shift_of(scheduler)
         self.model = {**_UNKNOWN_MODEL, **(model or {})}
         detected = detect_variant(variant=variant, hub_id=self.model["source"], shift=self.shift)
-        self.variant = components.drawn_with(detected, sampler, scheduler)
+        own = OwnRecipe(sampler=sampler, guidance_scale=guidance_scale)
+        self.variant = components.drawn_with(detected, own, scheduler)
         self._folder, self._files = folder, dict(files or {})
         inner = without_last_layer(text_encoder)
         components.check_parts(inner.config, transformer.config, vae.config)
@@ -143,8 +146,8 @@ class Parts(Controlled):
             token=token,
             local_files_only=local_files_only,
         )
-        shift, _ = read_schedule(place.folder)
-        detect_variant(variant=variant, hub_id=place.hub_id, shift=shift)  # asks before loading
+        shift, own = read_schedule(place.folder)
+        own.applied_to(detect_variant(variant=variant, hub_id=place.hub_id, shift=shift))  # asks before loading
         before = held_memory(target)
         asked: dict[str, Any] = {"weights": weight_dtype, "quantize_activations": quantize_activations}
         make = partial(_plan, memory=memory, dtype=precision, device=target, asked=asked)
@@ -165,7 +168,8 @@ class Parts(Controlled):
             parts.tokenizer,
             parts.transformer,
             variant=variant,
-            sampler=parts.sampler,
+            sampler=parts.own.sampler,
+            guidance_scale=parts.own.guidance_scale,
             model=described(place),
             folder=place.folder,
             files=place.files,
@@ -195,7 +199,7 @@ class Parts(Controlled):
             tokenizer=self.text_encoder.tokenizer,
             transformer=self.transformer,
             shift=self.shift,
-            sampler=components.own_sampler(self.variant),
+            own=OwnRecipe.of(self.variant),
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
@@ -208,7 +212,7 @@ class Parts(Controlled):
             vae=self.autoencoder.vae,
             shift=self.shift,
             folder=self._folder,
-            sampler=components.own_sampler(self.variant),
+            own=OwnRecipe.of(self.variant),
             files=self._files,
         )
         self._require_plain("saved")

@@ -31,7 +31,7 @@ class Variant:
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
     sampler: str = "euler"
-    """By which its step counts are meant; a checkpoint may name another (`checkpoint.configs.SAMPLER_KEY`)."""
+    """By which its step counts are meant; a checkpoint may name another, and another guidance (`own`)."""
     max_sequence_length: int = 512
     advice: str = ""
     """When to choose it, in one sentence."""

@@ -255,7 +255,7 @@ def test_a_model_that_is_there(only: str | None) -> None:
         "layers": "full",
     }
     assert report.model == model
-    assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 4.0)
+    assert (report.picture["width"], report.picture["guidance_scale"]) == (128, 2.0)
     assert report.stages[0].zimage.evaluations == 2
     assert (report.stages[0].diffusers is None) == (only == "zimage")
 

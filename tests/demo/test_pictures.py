@@ -17,6 +17,7 @@ from zimage.training.captions import evaluation_captions
 from zimage.training.evaluate import Recipe, adherence, draw
 
 RECIPE = Recipe(steps=12, shift=3.0, guidance_scale=4.0)
+"""Of few steps, so with more guidance than the model's own, and with more of them late."""
 TURBO_RECIPE = Recipe(steps=8, shift=3.0, sampler="dpmpp_2m", guidance_scale=0.0)
 COUNT = 32
 

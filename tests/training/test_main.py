@@ -78,7 +78,8 @@ def test_from_the_demo_through_a_few_steps_to_a_checkpoint(
     assert ZImagePipeline.from_pretrained(tmp_path / "demo", device="cpu").limits.native_side == 128
     run(monkeypatch, "distill", tmp_path, "--model", "demo-turbo", "--steps", 2, "--batch", 2)
     run(monkeypatch, "export", tmp_path, "--variant", "turbo")
-    assert [inspect_checkpoint(tmp_path / name).sampler for name in ("demo", "demo-turbo")] == [None, "dpmpp_2m"]
+    told = [inspect_checkpoint(tmp_path / name) for name in ("demo", "demo-turbo")]
+    assert [(one.sampler, one.guidance_scale) for one in told] == [(None, 2.0), ("dpmpp_2m", None)]
     student, earlier, teacher = map(last_layer, (tmp_path / "demo-turbo", "demo-turbo", tmp_path / "demo"))
     assert 0 < (student - earlier).norm() < 0.2 * (student - teacher).norm()
     teacherless = tmp_path / "teacherless"

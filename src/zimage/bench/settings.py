@@ -108,7 +108,7 @@ class Settings:
         side, steps = PICTURES[self.size] if self.size else (None, None)
         asked = GenerationRequest(
             prompt(0, self.words),
-            negative_prompt=negative_prompt(0) if variant.supports_guidance else None,
+            negative_prompt=negative_prompt(0) if variant.guidance_scale > 0 else None,
             height=side if self.height is None else self.height,
             width=side if self.width is None else self.width,
             num_inference_steps=steps if self.steps is None else self.steps,

@@ -6,6 +6,7 @@ chooses a class, a kernel or a size beyond the tables. Knows no weights and no t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..own import KEYS, OwnRecipe
 from ..rules import SAMPLERS
 from .fields import Field, exactly, flag, integer, integers, number, read_config, read_fields, refuse
 from .reading import shown
@@ -39,13 +41,12 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 _LATENT_CHANNELS = integer(1, 1024)
 
-SAMPLER_KEY = "_sampler"
-"""Where `scheduler_config.json` may name the sampler that the model is best drawn with. diffusers, which has no place
-for it, passes over keys that begin so."""
-
 _SCHEDULER_FIELDS: dict[str, Field] = {
     "shift": number(0, 1e4),
-    SAMPLER_KEY: exactly(*SAMPLERS, default=None),
+    KEYS["sampler"]: exactly(*SAMPLERS, default=None),
+    KEYS["guidance_scale"]: Field(
+        lambda value: type(value) in (int, float) and 0 <= value <= sys.float_info.max, "a number from 0 up", None
+    ),
     "num_train_timesteps": exactly(1000, default=1000),
     "use_dynamic_shifting": exactly(False, default=False),
     "use_karras_sigmas": exactly(False, None, default=False),
@@ -149,8 +150,8 @@ class Configs:
 
     classes: dict[str, str] | None
     shift: float | None
-    sampler: str | None
-    """What the scheduler's config names; None where it names none."""
+    own: OwnRecipe
+    """What the scheduler's config names."""
     transformer: dict[str, Any] | None
     text_encoder: dict[str, Any] | None
     vae: dict[str, Any] | None
@@ -158,11 +159,12 @@ class Configs:
 
 def read_configs(folder: Path, problems: Problems) -> Configs:
     """Read all configs of the checkpoint in `folder`; what is wrong with them goes to `problems`."""
-    classes = shift = sampler = transformer = text_encoder = vae = None
+    classes = shift = transformer = text_encoder = vae = None
+    own = OwnRecipe()
     with problems.collected():
         classes = read_model_index(folder)
     with problems.collected():
-        shift, sampler = read_schedule(folder)
+        shift, own = read_schedule(folder)
     with problems.collected():
         transformer = read_transformer(folder / "transformer" / "config.json")
     with problems.collected():
@@ -175,9 +177,7 @@ def read_configs(folder: Path, problems: Problems) -> Configs:
     if transformer and vae:
         with problems.collected():
             _agree(folder, "in_channels", transformer, "vae", "latent_channels", vae)
-    return Configs(
-        classes=classes, shift=shift, sampler=sampler, transformer=transformer, text_encoder=text_encoder, vae=vae
-    )
+    return Configs(classes=classes, shift=shift, own=own, transformer=transformer, text_encoder=text_encoder, vae=vae)
 
 
 def read_model_index(folder: Path) -> dict[str, str]:
@@ -198,13 +198,13 @@ def read_model_index(folder: Path) -> dict[str, str]:
     return {name: index[name][1] for name in CLASSES}
 
 
-def read_schedule(folder: Path) -> tuple[float, str | None]:
-    """The static shift of the schedule, and the sampler that is named beside it, if one is; a scheduler that would make
-    other sigmas than zimage does is refused."""
+def read_schedule(folder: Path) -> tuple[float, OwnRecipe]:
+    """The static shift of the schedule, and what is named beside it of the model's own recipe; a scheduler that would
+    make other sigmas than zimage does is refused."""
     path = folder / SCHEDULER
     fields = _with_class(_SCHEDULER_FIELDS, "scheduler")
     read = read_fields(path, fields, others="refuse")
-    return float(read["shift"]), read[SAMPLER_KEY]
+    return float(read["shift"]), OwnRecipe(**{name: read[key] for name, key in KEYS.items()})
 
 
 def read_transformer(path: Path) -> dict[str, Any]:

@@ -57,8 +57,9 @@ class ComponentInspection:
 class Inspection:
     """A checkpoint as it lies on disk. Without `problems` it loads, as long as its values are finite numbers.
 
-    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `sampler` is None where
-    it names none, so that the variant's is used; `fingerprint` is None where weights cannot be read.
+    `variant` is None where the checkpoint does not tell, and `variant_reason` then says why; `sampler` and
+    `guidance_scale` are None where it names none, so that the variant's are used; `fingerprint` is None where weights
+    cannot be read.
     """
 
     folder: str
@@ -66,6 +67,7 @@ class Inspection:
     variant_reason: str | None
     shift: float | None
     sampler: str | None
+    guidance_scale: float | None
     components: tuple[ComponentInspection, ...]
     fingerprint: str | None
     problems: tuple[str, ...]
@@ -82,11 +84,17 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
     """
     found = survey(Path(folder))
     variant = variant_reason = identity = None
+    problems = [str(error) for error in found.errors]
     try:
-        variant = detect_variant(variant=None, hub_id=hub_id, shift=found.configs.shift).name
+        detected = detect_variant(variant=None, hub_id=hub_id, shift=found.configs.shift)
     except CheckpointError as error:
         variant_reason = str(error)
-    problems = [str(error) for error in found.errors]
+    else:
+        variant = detected.name
+        try:
+            found.configs.own.applied_to(detected)
+        except CheckpointError as error:
+            problems.append(str(error))
     if len(found.weights) == len(PARTS):
         try:
             identity = _fingerprint(found.weights)
@@ -97,7 +105,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
         variant=variant,
         variant_reason=variant_reason,
         shift=found.configs.shift,
-        sampler=found.configs.sampler,
+        sampler=found.configs.own.sampler,
+        guidance_scale=found.configs.own.guidance_scale,
         components=tuple(_component(found, name) for name in PARTS),
         fingerprint=identity,
         problems=tuple(problems),

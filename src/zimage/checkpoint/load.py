@@ -23,6 +23,7 @@ from ..memory.ring import Field, Layer
 from ..memory.sizes import ModelSizes
 from ..models.quantized import quantize
 from ..models.transformer import BLOCKS, ZImageTransformer
+from ..own import OwnRecipe
 from .configs import PARTS
 from .reading import reason
 from .sizes import sizes_of
@@ -50,8 +51,8 @@ class Components:
     vae: AutoencoderKL
     shift: float
     folder: Path | None
-    sampler: str | None = None
-    """What its checkpoint says that it is best drawn with; None is the variant's."""
+    own: OwnRecipe
+    """What its checkpoint says that it is best drawn with."""
     files: Mapping[str, Path] = field(default_factory=dict)
     plan: Plan | None = None
     layers: tuple[Layer, ...] = ()
@@ -126,7 +127,7 @@ def _load(
         vae=found.blanks["vae"].module,
         shift=configs.shift,
         folder=found.folder,
-        sampler=configs.sampler,
+        own=configs.own,
         files=found.files,
         plan=plan,
         layers=tuple(layers),

@@ -19,15 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, RequestError
-from .configs import (
-    CLASSES,
-    LEGACY_TOKENIZER_FILES,
-    MODEL_INDEX,
-    SAMPLER_KEY,
-    SCHEDULER,
-    TEMPLATE_FILE,
-    TOKENIZER_FILES,
-)
+from .configs import CLASSES, LEGACY_TOKENIZER_FILES, MODEL_INDEX, SCHEDULER, TEMPLATE_FILE, TOKENIZER_FILES
 from .folders import check_free, copy_file, sync, target_path, whole_or_nothing, write_json
 from .load import Components
 from .modules import build
@@ -73,9 +65,8 @@ def _write_configs(components: Components, folder: Path) -> None:
     known = {name: [library, classes[0]] for name, (library, classes) in CLASSES.items()}
     write_json(folder / MODEL_INDEX, {"_class_name": "ZImagePipeline", **_made_by(), **known})
     scheduler: dict[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": components.shift}
-    if components.sampler is not None:
-        scheduler[SAMPLER_KEY] = components.sampler
-    write_json(folder / SCHEDULER, {"_class_name": CLASSES["scheduler"][1][0], **_made_by(), **scheduler})
+    described = {"_class_name": CLASSES["scheduler"][1][0], **_made_by(), **scheduler}
+    write_json(folder / SCHEDULER, described | components.own.to_config())
 
 
 def _write_part(folder: Path, component: str, module: nn.Module, config: dict[str, Any], shard_bytes: int) -> None:

@@ -35,7 +35,8 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds: that of a folder, of `demo` or `demo-turbo`, or of a name or hub id in the cache.
 
-    Weights are not loaded, and nothing is downloaded. Exit code 1 if there are problems, 0 if it will load.
+    With the shift stand the sampler and the guidance that it names of its own. Weights are not loaded, and nothing is
+    downloaded. Exit code 1 if there are problems, 0 if it will load.
     """
     from ..checkpoint.inspect import inspect_checkpoint
     from ..checkpoint.locate import locate
@@ -54,7 +55,7 @@ def inspect(
 
 
 def _print_inspection(found: Inspection) -> None:
-    schedule = "" if found.shift is None else f" (shift {found.shift:g}{_sampler(found)})"
+    schedule = "" if found.shift is None else f" (shift {found.shift:g}{_own(found)})"
     print(f"variant: {found.variant}{schedule}" if found.variant else f"variant: unknown: {found.variant_reason}")
     rows = [("component", "class", "parameters", "size", "types", "files")]
     for part in found.components:
@@ -67,8 +68,9 @@ def _print_inspection(found: Inspection) -> None:
         print(f"problem: {problem}")
 
 
-def _sampler(found: Inspection) -> str:
-    return "" if found.sampler is None else f", sampler {found.sampler}"
+def _own(found: Inspection) -> str:
+    sampler = "" if found.sampler is None else f", sampler {found.sampler}"
+    return sampler if found.guidance_scale is None else f"{sampler}, guidance {found.guidance_scale:g}"
 
 
 def _row(variant: Variant) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from ..models.transformer import PATCH, ZImageTransformer
 from ..pipeline import ZImagePipeline
 from ..variants import TURBO, get_variant
 from .alignment import Reader
-from .config import LATENT_CHANNELS, TURBO_SAMPLER, ModelSize
+from .config import BASE_GUIDANCE, LATENT_CHANNELS, TURBO_SAMPLER, ModelSize
 from .state import fill
 from .tokenizer import load_tokenizer
 
@@ -178,7 +178,8 @@ def compile_blocks(transformer: Any, text_encoder: Any = None) -> None:
 def make_pipeline(
     painter: Painter, tokenizer: Path, vae: Path, *, variant: str, dtype: torch.dtype = torch.bfloat16
 ) -> ZImagePipeline:
-    """The pipeline over copies of the painter's weights in `dtype`."""
+    """The pipeline over copies of the painter's weights in `dtype`, drawn as such a model is best drawn."""
+    is_turbo = variant == TURBO.name
     return ZImagePipeline(
         get_variant(variant).shift,
         AutoencoderKL.from_pretrained(vae, torch_dtype=dtype),
@@ -186,7 +187,8 @@ def make_pipeline(
         load_tokenizer(tokenizer),
         _copied(painter.transformer, dtype),
         variant=variant,
-        sampler=TURBO_SAMPLER if variant == TURBO.name else None,
+        sampler=TURBO_SAMPLER if is_turbo else None,
+        guidance_scale=None if is_turbo else BASE_GUIDANCE,
     )
 
 
