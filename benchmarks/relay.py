@@ -283,7 +283,7 @@ def keep(arguments: argparse.Namespace, relay: Relay, row: Row) -> None:
         "dtype": str(relay.base.dtype),
         "models": {pipe.model["source"]: pipe.model["fingerprint"] for pipe in (relay.base, relay.turbo)},
         "samplers": {pipe.model["source"]: pipe.variant.sampler for pipe in (relay.base, relay.turbo)},
-        "guidance_scales": {pipe.model["source"]: pipe.variant.guidance_scale for pipe in (relay.base, relay.turbo)},
+        "guidance_scale": BASE.guidance_scale,
         "captions": arguments.count,
         "seeds": arguments.seeds,
     }

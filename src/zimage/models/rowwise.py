@@ -27,8 +27,8 @@ MULTIPLE, LEAST_ROWS = {"int8": 8, "float8": 16}, 17
 """What rows and columns of a weight must be multiples of, and how many tokens there must be, for torch's products on
 CUDA (`torch._int_mm`, `torch._scaled_mm`)."""
 FAST_SUMS = 4096
-"""Up to how many float8 products are summed up in the tensor cores' own accumulators alone (`use_fast_accum`). On Hopper
-those cut off: of longer sums, of one sign, 13 % were lost. Else float32 takes over now and then."""
+"""Up to how many float8 products are summed up in the tensor cores' own accumulators alone (`use_fast_accum`). On
+Hopper those cut off: of longer sums, of one sign, 13 % were lost. Else float32 takes over now and then."""
 AGREEMENT = 1e-2
 """How far, relative to its norm, a device's product may be from the widened one to be taken for right."""
 
@@ -120,9 +120,7 @@ def _product(rows: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None
         product = torch._int_mm(values, weight.t())  # (tokens, out) in int32
     elif rows.dtype == torch.bfloat16:
         scales = rows.scale.flatten(0, -2), scale.t()  # (tokens, 1), (1, out)
-        result = torch._scaled_mm(
-            values, weight.t(), *scales, bias=bias, out_dtype=rows.dtype, use_fast_accum=is_short
-        )
+        result = torch._scaled_mm(values, weight.t(), *scales, bias=bias, out_dtype=rows.dtype, use_fast_accum=is_short)
         return result.view(*rows.values.shape[:-1], -1)
     else:  # row by row only into bfloat16, whatever the version of torch
         one = torch.ones((), device=values.device)
