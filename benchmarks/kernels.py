@@ -37,7 +37,8 @@ KINDS = ("int8", "float8")
 SHAPES = ((DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN))
 """Rows and columns of the weights: attention's, gate and content, and what brings their product back."""
 PICTURE = (128, 1024, 1024)
-"""Channels, height and width of the image decoder's finest level; the kernel reads it twice."""
+"""Channels, height and width of the image decoder's finest level; the kernel reads it twice. The level before has twice
+the channels, and half of each side until it is made larger."""
 WARM_UP = 5
 FLOOD = 1 << 30
 """Bytes that are written between two calls: more than any cache holds."""
@@ -144,12 +145,13 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     picture = noise(1, *PICTURE, dtype=dtype).contiguous(memory_format=torch.channels_last)
     other, bias = torch.zeros_like(picture), torch.zeros(PICTURE[0], device="cuda", dtype=dtype)
     groups = nn.GroupNorm(32, PICTURE[0], device="cuda", dtype=dtype)
-    doubling = Upsample2D(PICTURE[0], use_conv=True)
-    doubling.conv = nn.Identity()
+    before = 2 * PICTURE[0], PICTURE[1] // 2, PICTURE[2] // 2
+    enlarger = Upsample2D(before[0], use_conv=True).to("cuda", dtype)
+    smaller = noise(1, *before, dtype=dtype).contiguous(memory_format=torch.channels_last)
     return {
         "activate groups": (lambda: layers.activate(groups, picture), picture.numel() * 3 * item),
         "add pictures": (lambda: pictures.add(picture, bias, other, bias), picture.numel() * 3 * item),
-        "double": (lambda: pictures.upsample(doubling, picture), picture.numel() * 5 * item),
+        "upsample": (lambda: pictures.upsample(enlarger, smaller), smaller.numel() * 5 * item),
         "normalize": (lambda: layers.normalize(norms[0], stream, factors[0]), row * (wide.itemsize + item)),
         "add": (lambda: layers.add_normalized(stream, norms[0], update, factors[0]), row * 3 * wide.itemsize),
         "add, normalize": (

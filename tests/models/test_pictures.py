@@ -97,24 +97,47 @@ def test_a_norm_adds_the_bias_where_no_kernel_does(refused: list[str], dtype: to
     assert refused == ["activate_groups"]
 
 
-def test_upsampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' own where no kernel takes it; else a picture from the kernel and the convolution."""
-    plain = Upsample2D(4, use_conv=True).requires_grad_(False)
-    hidden = noise(1, 4, 3, 5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upsampling(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """diffusers' own in float32 and where no kernel takes it; else one convolution with the weight from the kernel."""
+    plain = Upsample2D(4, use_conv=True).to(dtype).requires_grad_(False)
+    hidden, spread = noise(1, 4, 3, 5, dtype=dtype), noise(4, 4, 4, 4, dtype=dtype, seed=1)
     expected = plain(hidden)
     assert torch.equal(upsample(plain, hidden), expected)
     asked: list[str] = []
 
     def run(name: str, *args: Any) -> Tensor | None:
         asked.append(name)
-        return nn.functional.interpolate(args[0], scale_factor=2.0) if name == "pictures.double" else None
+        return spread if name == "pictures.spread" and args[0] is plain.conv.weight else None
 
     monkeypatch.setattr(pictures, "wanted", lambda hidden: True)
     monkeypatch.setattr(pictures, "run", run)
-    torch.testing.assert_close(upsample(plain, hidden), expected)
-    assert asked == ["pictures.double", "pictures.add"]
-    monkeypatch.setattr(pictures, "run", lambda name, *args: None)
-    assert torch.equal(upsample(plain, hidden), expected)
+    result = upsample(plain, hidden)
+    if dtype == torch.float32:
+        assert asked == []
+    else:
+        assert asked == ["pictures.spread", "pictures.add"]
+        enlarged = nn.functional.conv_transpose2d(hidden, spread, stride=2, padding=1)
+        expected = enlarged + plain.conv.bias[:, None, None]
+    assert torch.equal(result, expected)
+
+
+def test_upsampling_of_what_does_not_go_with_the_weight(refused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, hidden = Upsample2D(4, use_conv=True).bfloat16().requires_grad_(False), noise(1, 4, 3, 5).bfloat16()
+    with pytest.raises(RuntimeError, match="type"):
+        upsample(module.half(), hidden)
+    module = module.bfloat16()
+    with torch.enable_grad(), switch.using("off"):
+        upsample(module, hidden)
+    with torch.enable_grad():
+        assert upsample(module.requires_grad_(True), hidden).requires_grad
+    module.requires_grad_(False)
+    monkeypatch.setattr(pictures, "MOST_NUMBERS", 4 * 4 * 3 * 5)
+    assert torch.equal(upsample(module, hidden), module(hidden))
+    assert refused == []
+    monkeypatch.setattr(pictures, "MOST_NUMBERS", 4 * 4 * 3 * 5 + 1)
+    assert torch.equal(upsample(module, hidden), module(hidden))
+    assert refused == ["pictures.spread"]
 
 
 OTHERS: dict[str, Callable[[], Upsample2D]] = {
@@ -124,16 +147,30 @@ OTHERS: dict[str, Callable[[], Upsample2D]] = {
     "no enlargement": lambda: Upsample2D(4, use_conv=True, interpolate=False),
     "another name": lambda: Upsample2D(4, use_conv=True, name="Conv2d_0"),
     "hooked": lambda: hooked(Upsample2D(4, use_conv=True)),
+    "a hooked convolution": lambda: with_conv(hooked(nn.Conv2d(4, 4, 3, padding=1))),
+    "1 x 1": lambda: with_conv(nn.Conv2d(4, 4, 1)),
+    "a stride": lambda: with_conv(nn.Conv2d(4, 4, 3, padding=1, stride=2)),
+    "no padding": lambda: with_conv(nn.Conv2d(4, 4, 3)),
+    "a dilation": lambda: with_conv(nn.Conv2d(4, 4, 3, padding=1, dilation=2)),
+    "groups": lambda: with_conv(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    "a rim that is repeated": lambda: with_conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
+    "another class": lambda: with_conv(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))),
 }
 
 
-def hooked(module: Upsample2D) -> Upsample2D:
+def hooked(module: Any) -> Any:
     module.register_forward_pre_hook(lambda *_: None)
+    return module
+
+
+def with_conv(conv: nn.Module) -> Upsample2D:
+    module = Upsample2D(4, use_conv=True)
+    module.conv = conv
     return module
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_other_upsampling_is_called_as_it_stands(make: Callable[[], Upsample2D], refused: list[str]) -> None:
-    module, hidden = make().requires_grad_(False), noise(1, 4, 3, 5)
+    module, hidden = make().bfloat16().requires_grad_(False), noise(1, 4, 3, 5).bfloat16()
     assert torch.equal(upsample(module, hidden), module(hidden))
     assert refused == []

@@ -1,4 +1,4 @@
-"""Kernels between the convolutions of pictures: sums with the biases that convolutions left out, twice the size.
+"""Kernels between the convolutions of pictures: sums with the biases that convolutions left out; and of weights.
 
 Launched as those of `fused` are, and with its rules: `None` where a kernel was not written for what is given. Imported
 at the first use; importing it needs Triton.
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import fused, pixels
 
-MOST_PIXELS = 2**31
-"""Pixels are counted in 32 bits, in which division is fast."""
+SPREAD_BLOCK = 32
+"""Channels on each side of a program that spreads taps: 8 of its numbers for each thread, in each of 16 places."""
 
 
 @fused._overridable
@@ -37,18 +37,26 @@ def add(
 
 
 @fused._overridable
-def double(hidden: Tensor) -> Tensor | None:
-    """`hidden` (B, C, H, W) with each pixel four times: (B, C, 2H, 2W)."""
-    if not fused._is_picture(hidden):
+def spread(weight: Tensor) -> Tensor | None:
+    """What a convolution with `weight` (out, in, 3, 3) does to a picture with each pixel four times, as the weight (in,
+    out, 4, 4), channels last, of a transposed convolution of the picture itself: sums of taps, rounded once.
+
+    Output row 2i reads row i - 1 by the first tap and i by the sum of the others, row 2i + 1 reads i by the sum of the
+    first two and i + 1 by the last. Stride 2 and padding 1 bring row i to rows 2i - 1 to 2i + 2 of the output.
+    """
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not weight.numel() or weight.dtype not in fused.TYPES:
         return None
-    batch, channels, height, width = hidden.shape
-    count, columns = batch * height * width, fused._power_of_two(channels)
-    if columns > fused.TILE or 4 * count >= MOST_PIXELS:
+    outputs, inputs = weight.shape[:2]
+    if weight.is_contiguous():
+        step, apart = 9, 1
+    elif weight.is_contiguous(memory_format=torch.channels_last):
+        step, apart = 1, inputs
+    else:
         return None
-    shape, rows = (batch, channels, 2 * height, 2 * width), fused.TILE // columns
-    result = torch.empty(shape, dtype=hidden.dtype, device=hidden.device, memory_format=torch.channels_last)
+    shape, block = (inputs, outputs, 4, 4), SPREAD_BLOCK
+    result = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
     fused._launch(
-        pixels.double_pixels, (-(-count // rows),), hidden, result, count, width,
-        channels=channels, columns=columns, rows=rows, num_warps=8,
+        pixels.spread_taps, (-(-outputs // block), -(-inputs // block)), weight, result,
+        inputs=inputs, outputs=outputs, step=step, apart=apart, block=block, num_warps=4,
     )  # fmt: skip
     return result

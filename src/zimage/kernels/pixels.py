@@ -1,7 +1,7 @@
-"""Sums and enlargements of pictures whose channels lie side by side (channels last), in Triton.
+"""Sums of pictures whose channels lie side by side (channels last), and the weights that enlarge them, in Triton.
 
-Each number is read once and written once, or four times where the picture grows, sixteen bytes at a time. Nothing is
-summed over pixels; group norms are in `groups`. Importing this needs Triton.
+Each number of a picture is read once and written once, sixteen bytes at a time. Nothing is summed over pixels; group
+norms are in `groups`. Importing this needs Triton.
 """
 
 from __future__ import annotations
@@ -43,15 +43,40 @@ def _biased(hidden, bias, place, channel, inside):
     return wide
 
 
-@triton.jit(do_not_specialize=["pixels", "width"])
-def double_pixels(hidden, result, pixels, width, channels: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr):
-    """Each of `pixels` pixels, in lines of `width`, four times; grid (pixels / rows,)."""
-    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
-    channel = tl.arange(0, columns)[None, :]
-    inside = (pixel < pixels)[:, None] & (channel < channels)
-    values = tl.load(hidden + pixel.to(tl.int64)[:, None] * channels + channel, mask=inside)
-    first = (pixel // width) * (4 * width) + (pixel % width) * 2
-    for down in tl.static_range(2):
-        for right in tl.static_range(2):
-            place = (first + (down * 2 * width + right)).to(tl.int64)[:, None] * channels + channel
-            tl.store(result + place, values, mask=inside)
+@triton.jit
+def spread_taps(
+    weight,
+    result,
+    inputs: tl.constexpr,
+    outputs: tl.constexpr,
+    step: tl.constexpr,
+    apart: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Sums of the taps of `weight` (outputs, inputs, 3, 3) to `result` (inputs, 4, 4, outputs); its input channels lie
+    `step` numbers apart and its taps `apart`; grid (outputs / block, inputs / block)."""
+    first_output, first_input = tl.program_id(0).to(tl.int64) * block, tl.program_id(1).to(tl.int64) * block
+    over, down = tl.arange(0, block)[None, :], tl.arange(0, block)[:, None]
+    inside = (first_output + over < outputs) & (first_input + down < inputs)
+    source = weight + (first_output * (9 * inputs) + first_input * step) + (over * (9 * inputs) + down * step)
+    target = result + (first_input * (16 * outputs) + first_output) + (down * (16 * outputs) + over)
+    for right in tl.static_range(4):
+        top = _summed(source, inside, apart, right)
+        middle = _summed(source + 3 * apart, inside, apart, right)
+        bottom = _summed(source + 6 * apart, inside, apart, right)
+        place = target + right * outputs
+        tl.store(place, bottom.to(result.dtype.element_ty), mask=inside)
+        tl.store(place + 4 * outputs, (middle + bottom).to(result.dtype.element_ty), mask=inside)
+        tl.store(place + 8 * outputs, (top + middle).to(result.dtype.element_ty), mask=inside)
+        tl.store(place + 12 * outputs, top.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _summed(row, inside, apart: tl.constexpr, right: tl.constexpr):
+    """Of the three taps of a row those that fall on column `right` of four: the last, the last two, the first two, the
+    first."""
+    first: tl.constexpr = 2 - right if right < 2 else 0
+    wide = tl.load(row + first * apart, mask=inside).to(tl.float32)
+    if right == 1 or right == 2:
+        wide += tl.load(row + (first + 1) * apart, mask=inside).to(tl.float32)
+    return wide

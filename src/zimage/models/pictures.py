@@ -2,14 +2,16 @@
 
 On CUDA torch adds the bias of a channels-last convolution in a pass of its own, a slow one. Where kernels are used a
 convolution is called without its bias here, which goes along beside the result to whatever reads that next: a norm
-(`layers.activate`) or a sum. Sums round as torch does. Elsewhere modules are called as they stand, and so is one that
-is hooked, replaced or unknown. Knows no model.
+(`layers.activate`) or a sum. Sums round as torch does. A convolution of a picture whose pixels were written four times
+each reads the picture itself there, with four ninths of the products. Elsewhere modules are called as they stand, and
+so is one that is hooked, replaced or unknown. Knows no model.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ from .layers import is_bare
 
 Convolved = tuple[Tensor, Tensor | None]
 """A picture (B, C, H, W) of nobody else, and the bias (C,) that is to be added to it, if one is."""
+HALF = (torch.bfloat16, torch.float16)
+MOST_NUMBERS = 2**31
+"""Of a picture that is made twice the size by one convolution: what 32 bits count."""
 
 
 def convolved(module: Any, hidden: Tensor) -> Convolved:
@@ -49,17 +54,34 @@ def add(update: Tensor, bias: Tensor | None, hidden: Tensor | None = None, hidde
 
 
 def upsample(module: Any, hidden: Tensor) -> Tensor:
-    """`module(hidden)` (B, C, 2H, 2W); of diffusers' plain upsampling, nearest pixels and a convolution, fused."""
-    if type(module) is Upsample2D and wanted(hidden) and _doubles(module):
-        larger: Tensor | None = run("pictures.double", hidden)
-        if larger is not None:
-            return convolve(module.conv, larger)
+    """`module(hidden)` (B, C, 2H, 2W); of diffusers' plain upsampling, nearest pixels and a convolution of 3 x 3, one
+    transposed convolution in half precision: in float32 a card can take longer over that."""
+    if type(module) is Upsample2D and wanted(hidden) and hidden.dtype in HALF and _doubles(module):
+        conv = module.conv
+        if _fits(conv, hidden) and usable(hidden, conv.weight, conv.bias):
+            spread: Tensor | None = run("pictures.spread", conv.weight)
+            if spread is not None:
+                return _enlarged(hidden, spread, conv.bias)
     result: Tensor = module(hidden)
     return result
 
 
+def _enlarged(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The transposed convolution of stride 2 and padding 1 with `weight` (in, out, 4, 4), and the bias.
+
+    As `conv_transpose2d` but always deterministic, which on CUDA that is only by a switch of the whole process: of
+    cuDNN's ways to compute it some sum in any order.
+    """
+    stride, one, none, cudnn = (2, 2), (1, 1), (0, 0), torch.backends.cudnn
+    allow_tf32 = True  # half precision has none, but without it some versions leave out tensor cores
+    values = torch._convolution(
+        hidden, weight, None, stride, one, one, True, none, 1, cudnn.benchmark, True, cudnn.enabled, allow_tf32
+    )
+    return values if bias is None else add(values, bias)
+
+
 def _doubles(module: Upsample2D) -> bool:
-    """Whether `module` takes each pixel four times and calls its convolution, and nothing else."""
+    """Whether `module` takes each pixel four times and calls a plain convolution of 3 x 3, and nothing else."""
     return (
         module.use_conv
         and not module.use_conv_transpose
@@ -67,4 +89,20 @@ def _doubles(module: Upsample2D) -> bool:
         and module.norm is None
         and module.name == "conv"
         and is_bare(module)
+        and _is_plain(module.conv)
     )
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether `conv` convolves 3 x 3 pixels, zeros beyond the edge, to one pixel each, and nothing else."""
+    if type(conv) is not nn.Conv2d or not is_bare(conv) or conv.padding_mode != "zeros" or conv.groups != 1:
+        return False
+    return conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1)
+
+
+def _fits(conv: nn.Conv2d, hidden: Tensor) -> bool:
+    """Whether `hidden` goes with the weight and is not too large once it is enlarged."""
+    weight, (batch, _, height, width) = conv.weight, hidden.shape
+    if weight.dtype != hidden.dtype or weight.device != hidden.device:
+        return False
+    return 4 * batch * max(weight.shape[:2]) * height * width < MOST_NUMBERS
