@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from zimage.bench.report import write
 from zimage.kernels.switch import using
 from zimage.models import layers, pictures
+from zimage.models.pixel_attention import attend
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
 from zimage.models.quantized import quantize_rows
 from zimage.models.rowwise import Quantized, has_product, multiplied, rounded, scaled
@@ -39,6 +41,8 @@ SHAPES = ((DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN))
 PICTURE = (128, 1024, 1024)
 """Channels, height and width of the image decoder's finest level; the kernel reads it twice. The level before has twice
 the channels, and half of each side until it is made larger."""
+MIDDLE = (512, 128, 128)
+"""Of the level where all pixels see each other."""
 WARM_UP = 5
 FLOOD = 1 << 30
 """Bytes that are written between two calls: more than any cache holds."""
@@ -148,10 +152,15 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     before = 2 * PICTURE[0], PICTURE[1] // 2, PICTURE[2] // 2
     enlarger = Upsample2D(before[0], use_conv=True).to("cuda", dtype)
     smaller = noise(1, *before, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    middle = noise(1, *MIDDLE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    between = Attention(
+        MIDDLE[0], heads=1, dim_head=MIDDLE[0], norm_num_groups=32, residual_connection=True, bias=True
+    ).to("cuda", dtype)
     return {
         "activate groups": (lambda: layers.activate(groups, picture), picture.numel() * 3 * item),
         "add pictures": (lambda: pictures.add(picture, bias, other, bias), picture.numel() * 3 * item),
         "upsample": (lambda: pictures.upsample(enlarger, smaller), smaller.numel() * 5 * item),
+        "attend, pixels": (lambda: attend(between, middle), middle.numel() * 2 * item),
         "normalize": (lambda: layers.normalize(norms[0], stream, factors[0]), row * (wide.itemsize + item)),
         "add": (lambda: layers.add_normalized(stream, norms[0], update, factors[0]), row * 3 * wide.itemsize),
         "add, normalize": (

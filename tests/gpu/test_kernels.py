@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from zimage import ZImagePipeline
 from zimage.kernels import fused
 from zimage.kernels.switch import using
 from zimage.models import layers, pictures
+from zimage.models.pixel_attention import attend
 from zimage.models.transformer import ZImageTransformer
 from zimage.testing import build_checkpoint, build_diffusers
 
@@ -170,6 +172,27 @@ def test_a_picture_is_made_twice_the_size(
     with using("on"):
         pictures.upsample(wide, hidden.float())
     assert launches == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 88), (16, 8)])
+def test_attention_between_pixels(dtype: str, height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to the module in float32 as the module itself, without its attention, and the same bits each time."""
+    torch.manual_seed(0)
+    kind: torch.dtype = getattr(torch, dtype)
+    module = Attention(
+        512, heads=1, dim_head=512, eps=1e-6, norm_num_groups=32, residual_connection=True, bias=True
+    ).to("cuda", kind)  # fmt: skip
+    module.to_q.weight.mul_(4)  # so that pixels look at some more than at others
+    hidden = torch.randn(1, 512, height, width, device="cuda").to(kind).contiguous(memory_format=torch.channels_last)
+    exact, plain = copy.deepcopy(module).float()(hidden.float()), module(hidden)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    with using("on"):
+        first, second = attend(module, hidden), attend(module, hidden)
+    assert torch.equal(first, second)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    errors = [((one.float() - exact).norm() / (exact - hidden.float()).norm()).item() for one in (first, plain)]
+    assert errors[0] <= 1.2 * errors[1]
 
 
 def forward(transformer: ZImageTransformer) -> Callable[[], Tensor]:

@@ -20,6 +20,7 @@ from torch.nn import SiLU
 from ..kernels.switch import used
 from .layers import activate, is_bare
 from .pictures import add, convolved, upsample
+from .pixel_attention import attend
 from .precision import finite
 from .strips import decode_in_strips, encode_in_strips
 
@@ -144,7 +145,7 @@ def _is_plain_residual(block: Any) -> bool:
 
 
 def _decoder(decoder: Any, scaled: Tensor, strip_levels: int) -> Tensor:
-    hidden = _middle(decoder.mid_block, decoder.conv_in(scaled))
+    hidden = _middle(decoder.mid_block, decoder.conv_in(scaled), strip_levels)
     blocks = list(decoder.up_blocks)
     for number, block in enumerate(blocks, start=1):
         for residual in block.resnets:
@@ -163,14 +164,17 @@ def _encoder(encoder: Any, wide: Tensor, strip_levels: int) -> Tensor:
             hidden = _residual(residual, hidden)
         for downsampler in block.downsamplers or ():
             hidden = downsampler(hidden)  # (1, C, H/2, W/2)
-    hidden = _middle(encoder.mid_block, hidden)
+    hidden = _middle(encoder.mid_block, hidden, strip_levels)
     return encoder.conv_out(activate(encoder.conv_norm_out, hidden))
 
 
-def _middle(block: Any, hidden: Tensor) -> Tensor:
+def _middle(block: Any, hidden: Tensor, strip_levels: int) -> Tensor:
+    """With strips, where memory is scarce, attention keeps no scores of many rows at once."""
     hidden = _residual(block.resnets[0], hidden)
     for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
-        hidden = _residual(residual, hidden if attention is None else attention(hidden, temb=None))
+        if attention is not None:
+            hidden = attention(hidden, temb=None) if strip_levels else attend(attention, hidden)
+        hidden = _residual(residual, hidden)
     return hidden
 
 
