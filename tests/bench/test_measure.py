@@ -178,10 +178,10 @@ def test_counting_leaves_nothing_behind(turbo: Bench) -> None:
     assert not any(module._forward_pre_hooks for model in models for module in model.modules())
 
 
-@pytest.mark.parametrize("variant", ["turbo", "base"])
-def test_recorded_forwards_are_counted_too(variant: str) -> None:
-    """What stands in for a CUDA graph computes again and keeps its result in one place."""
-    bench, replays = make(variant), 0
+@pytest.mark.parametrize(("variant", "options"), [("turbo", {}), ("base", {}), ("turbo", {"weight_dtype": "int8"})])
+def test_recorded_forwards_are_counted_too(variant: str, options: dict[str, Any]) -> None:
+    """What stands in for a CUDA graph computes again and keeps its result in one place; rounded layers are copies."""
+    bench, replays = make(variant, **options), 0
 
     def record(compute: Callable[[], torch.Tensor]) -> Any:
         result = torch.empty_like(compute())

@@ -100,6 +100,11 @@ def test_what_is_not_finite_shows_in_its_row_alone(noise: Callable[..., Tensor],
     finite = rows.scale.isfinite().flatten().tolist()
     assert finite == [True, True, True, False, True]
     assert not (rows.values[3].float() * rows.scale[3]).isfinite().any()
+    for column in (17, 47):  # a gated row of 48 numbers is 32 and 16
+        opening, content = noise(2, 48), noise(2, 48)
+        content[1, column] = value
+        gated: Any = fused.gate(opening, content, 1.0, False, NARROW[kind])
+        assert gated[1].isfinite().flatten().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("source", [torch.int32, torch.float32])

@@ -123,7 +123,7 @@ def take_turns(
     runs = {name: Runs() for name in bench.sides}
     lowest: float | None = None
     device = bench.pipe.device
-    with counted(bench.pipe) as taken:
+    with counted(bench.pipe, getattr(bench.sides.get("diffusers"), "pipe", None)) as taken:
         for index in range(bench.settings.rounds + 1):
             act, results = work(next(bench.numbers)), {}
             for name, side in bench.sides.items():

@@ -181,9 +181,10 @@ def _load_diffusers(model: str, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def counted(pipe: ZImagePipeline) -> Iterator[Callable[[], dict[str, int]]]:
-    """Within it, a function that says what was computed since its last call, by whichever side: "evaluations" of the
-    transformer, each image and branch of guidance being one, and "prompts" that the text encoder read."""
+def counted(pipe: ZImagePipeline, theirs: Any = None) -> Iterator[Callable[[], dict[str, int]]]:
+    """Within it, a function that says what was computed since its last call, by `pipe` or diffusers' pipeline `theirs`:
+    "evaluations" of the transformer, each image and branch of guidance being one, and "prompts" that the text encoder
+    read."""
     counts: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
@@ -196,18 +197,18 @@ def counted(pipe: ZImagePipeline) -> Iterator[Callable[[], dict[str, int]]]:
 
     hook = pipe.text_encoder.model.embed_tokens.register_forward_pre_hook(count("prompts"))
     try:
-        with _evaluations_counted(pipe.transformer, count("evaluations")):
+        with _evaluations_counted(pipe.transformer, theirs and theirs.transformer, count("evaluations")):
             yield taken
     finally:
         hook.remove()
 
 
 @contextmanager
-def _evaluations_counted(transformer: Any, count: Callable[..., None]) -> Iterator[None]:
+def _evaluations_counted(transformer: Any, theirs: Any, count: Callable[..., None]) -> Iterator[None]:
     """Calls `count` with the inputs of each evaluation: at the last layer, which both sides call.
 
     A CUDA graph calls no layers, and one that is hooked is not recorded. Then zimage's evaluations are counted where it
-    asks for one, and diffusers' at its transformer, which shares the hooks of ours and which we never call.
+    asks for one, and diffusers' at its own transformer, which we never call.
     """
     if not uses_graphs(transformer):
         hook = transformer.all_final_layer["2-1"].linear.register_forward_pre_hook(count)
@@ -222,11 +223,13 @@ def _evaluations_counted(transformer: Any, count: Callable[..., None]) -> Iterat
         count(None, inputs)
         return denoise(*inputs)
 
-    hook, transformer.denoise = transformer.register_forward_pre_hook(count), counting
+    transformer.denoise = counting
+    hook = None if theirs is None else theirs.register_forward_pre_hook(count)
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         if uses_graphs(transformer):
             transformer.denoise = denoise
 

@@ -31,24 +31,25 @@ def _store(values, result, scales, place, row, inside, is_row):
     if scales is None:
         tl.store(result + place, values, mask=inside)
     else:
-        scale = _scale(_most(values), result.dtype.element_ty)
+        most, broken = _reach(values)
+        scale = _scale(most, broken, result.dtype.element_ty)
         tl.store(result + place, _narrow(values, scale, result.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale, mask=is_row)
 
 
 @triton.jit
-def _most(values):
-    """The largest magnitude in each of the rows (rows, columns), as the bits of a float32: as whole numbers those are
-    in the order of what they mean, and NaN, which a maximum of numbers passes over, is above all."""
-    return tl.max(values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+def _reach(values):
+    """The largest magnitude in each of the rows (rows, columns), which passes NaN over, and a sum in which it and
+    infinities stay, 0 else."""
+    wide = values.to(tl.float32)
+    return tl.max(tl.abs(wide), 1), tl.sum(wide * 0.0, 1)
 
 
 @triton.jit
-def _scale(most, narrow: tl.constexpr):
-    """The scale of rows with these magnitudes in `narrow`, at least 2⁻¹⁰⁰."""
+def _scale(most, broken, narrow: tl.constexpr):
+    """The scale of rows that reach so far in `narrow`, at least 2⁻¹⁰⁰."""
     inverse: tl.constexpr = 1.0 / 127.0 if narrow == tl.int8 else 1.0 / 448.0
-    scale = (most.to(tl.float32, bitcast=True) * inverse).to(tl.int32, bitcast=True)
-    return tl.maximum(scale, (127 - 100) << 23).to(tl.float32, bitcast=True)
+    return tl.maximum(most * inverse, 7.888609052210118e-31) + broken
 
 
 @triton.jit
@@ -274,13 +275,14 @@ def gate_rows(
     narrow: tl.constexpr = result.dtype.element_ty
     place = row[:, None] * width + tl.arange(0, head)[None, :]
     first = _gated(gate, content, place, None, scale)
-    most = _most(first)
+    most, broken = _reach(first)
     if tail > 0:
         column = head + tl.arange(0, tail)[None, :]
         after, inside = row[:, None] * width + column, column < width
         rest = tl.where(inside, _gated(gate, content, after, inside, scale), 0.0)
-        most = tl.maximum(most, _most(rest))
-    factor = _scale(most, narrow)
+        most_after, broken_after = _reach(rest)
+        most, broken = tl.maximum(most, most_after), broken + broken_after
+    factor = _scale(most, broken, narrow)
     tl.store(result + place, _narrow(first, factor, narrow))
     if tail > 0:
         tl.store(result + after, _narrow(rest, factor, narrow), mask=inside)

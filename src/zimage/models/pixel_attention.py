@@ -19,8 +19,9 @@ from .pictures import HALF, add
 
 NARROW_HEAD = 256
 """Channels of the widest head that torch has FlashAttention for."""
-MOST_SCORES = 2**24
-"""Numbers of a chunk of scores, in float32; at most two such chunks are there at once."""
+MOST_SCORES = 2**25
+"""Numbers of a chunk of scores, in float32; at most two such chunks are there at once. Of 128 x 128 pixels an H200 took
+2.8 ms with half as many, 2.6 with these and 2.25 with all at once, torch's own attention 4.1."""
 CARDS = (8, 0)
 """Compute capability from which on cards multiply bfloat16."""
 
