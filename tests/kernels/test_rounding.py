@@ -41,7 +41,8 @@ def follows(result: Any, reference: Quantized) -> None:
         return agrees(result, reference)
     values, scale, dtype = result
     assert (values.dtype, values.shape, dtype) == (reference.values.dtype, reference.values.shape, reference.dtype)
-    torch.testing.assert_close(scale, reference.scale, rtol=torch.finfo(dtype).eps, atol=0)
+    # A sum that differs in its last bit, and three roundings of what is multiplied with its root.
+    torch.testing.assert_close(scale, reference.scale, rtol=4 * torch.finfo(dtype).eps, atol=0)
     steps = (values.float() - reference.values.float()).abs()
     assert (steps == 0).float().mean() > 0.9
     assert bool((steps <= (1 if values.dtype == torch.int8 else reference.values.float().abs() / 8 + 2**-9)).all())
@@ -75,10 +76,11 @@ def test_norms_and_gates_round_what_they_make(
         added, expected = fused.add_then_normalize(*arguments), fused.add_then_normalize(*arguments, narrow)
         assert added is not None
         assert expected is not None
-        assert isinstance(added[1], Tensor)
         nearest = torch.finfo(dtype).eps if tokens.is_cuda else 0.0
         torch.testing.assert_close(added[0], expected[0], rtol=nearest, atol=8 * nearest)
-        follows(expected[1], plain(added[1], kind))
+        again = fused.normalize(expected[0], following, factor, 2 * EPS)
+        assert isinstance(again, Tensor)
+        follows(expected[1], plain(again, kind))
     opening, content = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype)
     given = opening.clone()
     scale = 2.0**-8 if dtype == torch.float16 else 1.0
