@@ -54,13 +54,7 @@ class Subject:
 
     def __init__(self, name: str, **options: Any) -> None:
         self.name, self.pipe = name, ZImagePipeline.from_pretrained(name, device="cpu", **options)
-        variant = self.pipe.variant
-        self.recipe = Recipe(
-            steps=variant.num_inference_steps,
-            shift=self.pipe.shift,
-            sampler=variant.sampler,
-            guidance_scale=variant.guidance_scale,
-        )
+        self.recipe = Recipe.of(self.pipe)
 
     def right(self, kind: str, language: str, count: int, **changes: Any) -> float:
         """The percentage of captions that are drawn as they say."""

@@ -143,6 +143,8 @@ def test_the_demo_is_corrected(small: None, monkeypatch: pytest.MonkeyPatch, tmp
             "corrections.safetensors is missing; run the stage `gather` first",
         ),
         (["evaluate", "nowhere"], "state.safetensors is missing; run that stage first"),
+        (["evaluate", "nowhere", "--model", "demo-turbo", "--sampling-steps", "0"], "from 1 to 1000, got 0"),
+        (["evaluate", "nowhere", "--model", "demo-turbo", "--guidance", "3"], "must be 0 for Z-Image-Turbo, got 3"),
     ],
 )
 def test_what_cannot_work_is_one_line(

@@ -197,7 +197,7 @@ def counted(pipe: ZImagePipeline, theirs: Any = None) -> Iterator[Callable[[], d
 
     hook = pipe.text_encoder.model.embed_tokens.register_forward_pre_hook(count("prompts"))
     try:
-        with _evaluations_counted(pipe.transformer, theirs and theirs.transformer, count("evaluations")):
+        with _evaluations_counted(pipe.transformer, getattr(theirs, "transformer", None), count("evaluations")):
             yield taken
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Kernels between the convolutions of pictures: sums with the biases that convolutions left out; and of weights.
+"""Kernels beside the convolutions of pictures: sums with the biases that those left out, and weights that enlarge.
 
 Launched as those of `fused` are, and with its rules: `None` where a kernel was not written for what is given. Imported
 at the first use; importing it needs Triton.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RequestError, ZImageError
-from ..rules import check_sampler
+from ..request import GenerationRequest
 from .config import FlowStage, Stage, Training
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
@@ -113,10 +113,12 @@ def evaluate(options: argparse.Namespace) -> None:
     from .evaluate import Recipe, evaluate
 
     pipe = _pipeline(options)
-    steps = options.sampling_steps or pipe.variant.num_inference_steps
-    guidance = pipe.variant.guidance_scale if options.guidance is None else options.guidance
-    sampler = check_sampler(options.sampler or pipe.variant.sampler)
-    recipe = Recipe(steps=steps, shift=pipe.shift, sampler=sampler, guidance_scale=guidance)
+    steps, sampler, guidance = options.sampling_steps, options.sampler, options.guidance
+    asked = pipe.resolve(
+        GenerationRequest("", num_inference_steps=steps, sampler=sampler, guidance_scale=guidance, seed=0)
+    )
+    steps, sampler, guidance = asked.num_inference_steps, asked.sampler, asked.guidance_scale
+    recipe = Recipe.of(pipe, steps=steps, sampler=sampler, guidance_scale=guidance)
     right = evaluate(pipe, options.count or 50, options.seed, recipe)
     print(json.dumps({"steps": steps, "sampler": sampler, "guidance": guidance, **right}))
 

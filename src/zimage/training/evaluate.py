@@ -45,6 +45,13 @@ class Recipe:
     canvas: tuple[int, int] = CANVASES[0]
     batch: int = 50
 
+    @classmethod
+    def of(cls, pipe: Any, **changes: Any) -> Recipe:
+        """What the model of `pipe` is drawn with, but for the `changes`."""
+        variant = pipe.variant
+        own = {"sampler": variant.sampler, "guidance_scale": variant.guidance_scale}
+        return cls(**{"steps": variant.num_inference_steps, "shift": pipe.shift, **own, **changes})
+
 
 @torch.no_grad()
 def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> list[Pixels]:
