@@ -137,7 +137,7 @@ def test_a_decode(
     base: ZImagePipeline, device: torch.device, noise: Noise, launches: list[str], strip_levels: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each residual is one sum; biases that a norm adds cost no pass, and what enlarges is called as it stands."""
+    """Each residual is one sum; biases that a norm adds cost no pass. What enlarges is torch's in float32."""
     vae = copy.deepcopy(base.autoencoder.vae).to(device)
     latents = noise(1, 16, 4, 2)
     with using("off"):
@@ -158,7 +158,8 @@ def test_a_decode(
         assert launches.count("add_elements") > 0
         return
     residuals, upsamplers = counted(vae.decoder)
-    assert len(biased) == 2 + upsamplers  # the first and the last
+    by_itself = 0 if device.type == "cpu" else upsamplers  # a transposed convolution on a CPU
+    assert len(biased) == 2 + by_itself  # the first and the last
     assert Counter(launches) == {
         "gather_groups": 2 * residuals + 1,
         "activate_groups": 2 * residuals + 1,

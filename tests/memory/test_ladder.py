@@ -414,7 +414,7 @@ def test_an_image_that_cannot_be_encoded_whole_is_encoded_in_strips(least_folder
         expected = draw(pipe, **asked).images
     with device(pipe) as strips:
         pipe.autoencoder.encode(image, noise, 1)
-    assert strips.peak < 0.6 * whole.peak
+    assert strips.peak < 0.65 * whole.peak
     with device(pipe, strips.peak + 2**20):
         output = draw(pipe, **asked)
         again = draw(pipe, **asked)

@@ -430,8 +430,8 @@ def test_a_picture_from_an_image_fits_where_one_from_noise_does(memory: float, s
 
 
 def test_an_image_that_needs_most_is_refused_for_itself() -> None:
-    """As that of a model with narrow steps does at this size, with two levels in strips."""
-    narrow, work = replace(RELEASED, dim=384), Work(height=2048, width=2048)
+    """As that of a model does whose steps and autoencoder are so narrow that the image's own pixels count."""
+    narrow, work = replace(RELEASED, dim=128, vae_channels=(8, 8, 8, 8)), Work(height=2048, width=2048)
     plan = make_plan(narrow, Work(height=512, width=512), card(24.5))
     plain = predict(narrow, work, plan.budget, replace(plan.placement, strip_levels=2))
     tight = replace(plan, budget=replace(plan.budget, device=max(stage.device for stage in plain)))

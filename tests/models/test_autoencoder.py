@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from zimage import NonFiniteError
+from zimage.models import autoencoder
 from zimage.models.autoencoder import Autoencoder, to_image
 
 SCALING, SHIFT = 0.3611, 0.1159
@@ -46,6 +47,12 @@ def hooked(vae: AutoencoderKL) -> Iterator[Callable[[Callable[..., Any]], None]]
         handle.remove()
 
 
+@pytest.fixture
+def as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What enlarges is called as diffusers calls it; else it is one convolution, which rounds otherwise."""
+    monkeypatch.setattr(autoencoder, "upsample", lambda module, hidden: module(hidden))
+
+
 def latents(*, height: int = 4, width: int = 6, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
 
@@ -57,11 +64,21 @@ def reference(vae: AutoencoderKL) -> Tensor:
     return (vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
 
 
+@pytest.mark.usefixtures("as_it_stands")
 def test_pixels(vae: AutoencoderKL) -> None:
     pixels = Autoencoder(vae).decode(latents())
     assert pixels.shape == (1, 3, 32, 48)
     assert torch.equal(pixels, reference(vae))
     assert not pixels.requires_grad
+
+
+def test_pixels_that_are_enlarged_by_one_convolution(vae: AutoencoderKL) -> None:
+    pixels, theirs = Autoencoder(vae).decode(latents()), reference(vae)
+    with torch.no_grad():
+        exact = copy.deepcopy(vae).double().decode(latents().double() / SCALING + SHIFT).sample / 2 + 0.5
+    inside = (exact > 0) & (exact < 1)
+    assert 0 < (pixels - theirs).abs().max() < 1e-5
+    assert (pixels - exact)[inside].norm() < 1.2 * (theirs - exact)[inside].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -82,6 +99,7 @@ def test_pixels_are_within_range(vae: AutoencoderKL, scale: float) -> None:
     assert pixels.max() <= 1
 
 
+@pytest.mark.usefixtures("as_it_stands")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_decoder_has_the_bits_of_diffusers(
@@ -122,6 +140,7 @@ def replace_a_residual(vae: AutoencoderKL, called: Callable[[], None]) -> None:
     vae.decoder.mid_block.resnets[1].__class__ = Other
 
 
+@pytest.mark.usefixtures("as_it_stands")
 @pytest.mark.parametrize("change", [hook_a_block, hook_a_residual, hook_an_activation, offload, replace_a_residual])
 def test_what_is_attached_to_the_decoder_is_called(
     vae: AutoencoderKL, change: Callable[[AutoencoderKL, Callable[[], None]], None]

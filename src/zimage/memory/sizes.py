@@ -159,7 +159,7 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
     """Bytes beside the weights while a picture is decoded, its last `strip_levels` resolutions in strips.
 
     The peak of a level is its first residual: the input, which has the channels of the level before, and three tensors
-    of its own; in strips one more, or in a norm some channels in float32.
+    of its own; in strips it may be a norm, with some channels in float32.
     """
     pixels, channels = work.height * work.width, (*sizes.vae_channels, sizes.vae_channels[-1])
     before, own = channels[strip_levels + 1], channels[strip_levels]
@@ -168,7 +168,7 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
         return whole
     rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals, strip_levels))
     wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, channels[0])  # a copy only if it is narrow
-    convolution = (channels[1] + 4 * channels[0]) * work.itemsize
+    convolution = (channels[1] + 3 * channels[0]) * work.itemsize
     norm = (channels[1] + 2 * channels[0]) * work.itemsize + wide
     strip = max(convolution, norm) * rows * work.width
     source = (own * pixels // 4**strip_levels + 3 * pixels) * work.itemsize
@@ -178,19 +178,19 @@ def decode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> 
 def encode_activations(sizes: ModelSizes, work: Work, strip_levels: int = 0) -> int:
     """Bytes beside the weights while an image is encoded, its first `strip_levels` resolutions in strips.
 
-    The peak of a level is its second residual: the input and three tensors of its own, all with the level's channels;
-    in strips a quarter of one besides, or in a norm some channels in float32. And the image itself is there, in float32
+    The peak of a level is its second residual: the input and two tensors of its own, all with the level's channels; in
+    strips a quarter of one besides, or in a norm some channels in float32. And the image itself is there, in float32
     and as the encoder reads it.
     """
     pixels, own = work.height * work.width, sizes.vae_channels[strip_levels]
     image = 3 * (4 + work.itemsize) * pixels
-    whole = 4 * own * pixels // 4**strip_levels * work.itemsize
+    whole = 3 * own * pixels // 4**strip_levels * work.itemsize
     if not strip_levels:
         return image + whole
     first = sizes.vae_channels[0]
     rows = min(work.height, STRIP + 2 * 2**strip_levels * overlap(sizes.vae_residuals - 1, strip_levels))
     wide = (4 if work.dtype == "float32" else 8) * min(STRIP_CHANNELS, first)
-    strip = max(17 * first * work.itemsize // 4, 3 * first * work.itemsize + wide) * rows * work.width
+    strip = max(13 * first * work.itemsize // 4, 3 * first * work.itemsize + wide) * rows * work.width
     result = sizes.vae_channels[strip_levels - 1] * pixels // 4**strip_levels * work.itemsize
     return image + max(whole, result + strip)
 

@@ -179,8 +179,10 @@ def _middle(block: Any, hidden: Tensor, strip_levels: int) -> Tensor:
 
 
 def _residual(block: Any, hidden: Tensor) -> Tensor:
-    update = convolved(block.conv1, activate(block.norm1, hidden))
-    update = convolved(block.conv2, activate(block.norm2, *update))
+    """No tensor outlives the next that is made of it: each has the memory of a whole picture."""
+    update, bias = convolved(block.conv1, activate(block.norm1, hidden))
+    update = activate(block.norm2, update, bias)
+    update, bias = convolved(block.conv2, update)
     if block.conv_shortcut is not None:
-        return add(*update, *convolved(block.conv_shortcut, hidden))
-    return add(*update, hidden)
+        return add(update, bias, *convolved(block.conv_shortcut, hidden))
+    return add(update, bias, hidden)

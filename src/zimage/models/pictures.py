@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -55,29 +56,39 @@ def add(update: Tensor, bias: Tensor | None, hidden: Tensor | None = None, hidde
 
 def upsample(module: Any, hidden: Tensor) -> Tensor:
     """`module(hidden)` (B, C, 2H, 2W); of diffusers' plain upsampling, nearest pixels and a convolution of 3 x 3, one
-    transposed convolution in half precision: in float32 a card can take longer over that."""
-    if type(module) is Upsample2D and wanted(hidden) and hidden.dtype in HALF and _doubles(module):
-        conv = module.conv
-        if _fits(conv, hidden) and usable(hidden, conv.weight, conv.bias):
-            spread: Tensor | None = run("pictures.spread", conv.weight)
+    transposed convolution: in half precision where kernels are used, in float32 on a CPU. Elsewhere it is no faster."""
+    if type(module) is Upsample2D and _doubles(module) and _fits(module.conv, hidden):
+        weight, bias = module.conv.weight, module.conv.bias
+        if hidden.dtype in HALF and wanted(hidden) and usable(hidden, weight, bias):
+            spread: Tensor | None = run("pictures.spread", weight)
             if spread is not None:
-                return _enlarged(hidden, spread, conv.bias)
+                values = _enlarged(hidden, spread)
+                return values if bias is None else add(values, bias)
+        elif hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+            return F.conv_transpose2d(hidden, _spread(weight), bias, stride=2, padding=1)
     result: Tensor = module(hidden)
     return result
 
 
-def _enlarged(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The transposed convolution of stride 2 and padding 1 with `weight` (in, out, 4, 4), and the bias.
+def _spread(weight: Tensor) -> Tensor:
+    """As the kernel `spread`: of the weight (out, in, 3, 3) that of a transposed convolution, (in, out, 4, 4)."""
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)
+        weight = torch.stack((last, middle + last, first + middle, first), axis)
+    return weight.transpose(0, 1)
+
+
+def _enlarged(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The transposed convolution of stride 2 and padding 1 with `weight` (in, out, 4, 4).
 
     As `conv_transpose2d` but always deterministic, which on CUDA that is only by a switch of the whole process: of
     cuDNN's ways to compute it some sum in any order.
     """
     stride, one, none, cudnn = (2, 2), (1, 1), (0, 0), torch.backends.cudnn
     allow_tf32 = True  # half precision has none, but without it some versions leave out tensor cores
-    values = torch._convolution(
+    return torch._convolution(
         hidden, weight, None, stride, one, one, True, none, 1, cudnn.benchmark, True, cudnn.enabled, allow_tf32
     )
-    return values if bias is None else add(values, bias)
 
 
 def _doubles(module: Upsample2D) -> bool:

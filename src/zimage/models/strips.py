@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..memory.sizes import STRIP, STRIP_CHANNELS, overlap
 from .pictures import add, convolve, convolved, upsample
 
-Walk = Generator[tuple[nn.GroupNorm, Tensor], Tensor, Tensor]
+Walk = Generator[tuple[nn.GroupNorm, Tensor], "Statistics", Tensor]
+"""Gives each norm and what it is to normalise, is sent that one's statistics, and returns what comes of it. Whoever
+walks keeps no tensor that was given: it would be one more that is alive in the next convolution."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ def _statistics(walk: Callable[[Strip], Walk], strips: Sequence[Strip], count: i
 
 
 def _walk(decoder: Any, source: Tensor, strip: Strip, levels: int) -> Walk:
-    """The decoder from the source's rows of a strip on; each norm is asked for, and given what it makes."""
+    """The decoder from the source's rows of a strip on."""
     blocks = decoder.up_blocks
     hidden = _upsampled(blocks[-levels - 1], source[:, :, strip.begin : strip.end])
     for block in blocks[-levels:]:
         for residual in block.resnets:
             hidden = yield from _residual(residual, hidden)
         hidden = _upsampled(block, hidden)
-    hidden = yield decoder.conv_norm_out, hidden
+    hidden = yield from _normalized(decoder.conv_norm_out, hidden)
     return decoder.conv_out(F.silu(hidden, inplace=True))
 
 
@@ -154,13 +156,18 @@ def _walk_down(encoder: Any, pixels: Tensor, strip: Strip, levels: int) -> Walk:
 
 
 def _residual(residual: Any, hidden: Tensor) -> Walk:
-    update = yield residual.norm1, hidden
+    update = yield from _normalized(residual.norm1, hidden)
     update = convolve(residual.conv1, F.silu(update, inplace=True))
-    update = yield residual.norm2, update
+    update = yield from _normalized(residual.norm2, update)
     update, bias = convolved(residual.conv2, F.silu(update, inplace=True))
     if residual.conv_shortcut is None:
         return add(update, bias, hidden)
     return add(update, bias, *convolved(residual.conv_shortcut, hidden))
+
+
+def _normalized(norm: nn.GroupNorm, values: Tensor) -> Walk:
+    statistics = yield norm, values
+    return statistics.normalize(norm, values)
 
 
 def _chunks(norm: nn.GroupNorm, values: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -180,19 +187,24 @@ def _upsampled(block: Any, hidden: Tensor) -> Tensor:
 
 def _gather(walk: Walk, known: list[Statistics], strip: Strip) -> Statistics:
     """The statistics, over the kept rows, of the first norm whose statistics are not known."""
-    norm, values = next(walk)
-    for statistics in known:
-        norm, values = walk.send(statistics.normalize(norm, values))
+    norm, values = _reach(walk, known)
     walk.close()
     return Statistics.of(norm, strip.kept(values))
 
 
 def _finish(walk: Walk, known: list[Statistics]) -> Tensor:
-    norm, values = next(walk)
-    for statistics in known[:-1]:
-        norm, values = walk.send(statistics.normalize(norm, values))
+    _reach(walk, known[:-1])
     try:
-        walk.send(known[-1].normalize(norm, values))
+        walk.send(known[-1])
     except StopIteration as end:
         return end.value
     raise AssertionError("there are more norms than statistics")
+
+
+def _reach(walk: Walk, known: list[Statistics]) -> tuple[nn.GroupNorm, Tensor]:
+    """The norm after those whose statistics are known, and what it is to normalise."""
+    asked = next(walk)
+    for statistics in known:
+        del asked
+        asked = walk.send(statistics)
+    return asked
