@@ -445,7 +445,7 @@ def test_an_image_that_needs_most_is_refused_for_itself() -> None:
 
 @pytest.mark.parametrize("side", [512, 1024, 1536, 2048])
 def test_the_peak_of_the_released_models_is_the_same_with_an_image(side: int) -> None:
-    """A large one may need more than its decode, but steps need more then."""
+    """It needs less than the decode."""
     plan = make_plan(RELEASED, Work(height=512, width=512), card(24.5))
     for levels in (0, 1, 2):
         placement = replace(plan.placement, strip_levels=levels)

@@ -1,7 +1,8 @@
 """Latents to pixels and back, one image at a time, with the weights of diffusers' AutoencoderKL; knows no prompts.
 
-The modules of decoder and encoder are called in diffusers' order. What lies between them is done in place: a decode
-touches half the memory, which is most of its time where convolutions are cheap, and every bit stays as it was.
+The modules of decoder and encoder are called in diffusers' order. What lies between them is done in place, with the
+same bits: a decode touches half the memory, which is most of its time where convolutions are cheap. What enlarges a
+picture rounds otherwise where it is one convolution (see `pictures`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 On CUDA torch adds the bias of a channels-last convolution in a pass of its own, a slow one. Where kernels are used a
 convolution is called without its bias here, which goes along beside the result to whatever reads that next: a norm
 (`layers.activate`) or a sum. Sums round as torch does. A convolution of a picture whose pixels were written four times
-each reads the picture itself there, with four ninths of the products. Elsewhere modules are called as they stand, and
-so is one that is hooked, replaced or unknown. Knows no model.
+each reads the picture itself there, with four ninths of the products, and so it does in float32 on a CPU. Elsewhere
+modules are called as they stand, and so is one that is hooked, replaced or unknown. Knows no model.
 """
 
 from __future__ import annotations
