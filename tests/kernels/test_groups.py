@@ -18,6 +18,7 @@ from zimage.models.autoencoder import Autoencoder
 from zimage.models.layers import activate
 from zimage.models.precision import Float32Math
 
+pytestmark = pytest.mark.no_cover  # lines are counted in `test_pictures` and `test_fused`; here that doubles the time
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
