@@ -180,7 +180,7 @@ def _middle(block: Any, hidden: Tensor, strip_levels: int) -> Tensor:
 
 
 def _residual(block: Any, hidden: Tensor) -> Tensor:
-    """No tensor outlives the next that is made of it: each has the memory of a whole picture."""
+    """But for `hidden` no tensor outlives the next that is made of it: each has the memory of a whole picture."""
     update, bias = convolved(block.conv1, activate(block.norm1, hidden))
     update = activate(block.norm2, update, bias)
     update, bias = convolved(block.conv2, update)

@@ -56,7 +56,8 @@ def add(update: Tensor, bias: Tensor | None, hidden: Tensor | None = None, hidde
 
 def upsample(module: Any, hidden: Tensor) -> Tensor:
     """`module(hidden)` (B, C, 2H, 2W); of diffusers' plain upsampling, nearest pixels and a convolution of 3 x 3, one
-    transposed convolution: in half precision where kernels are used, in float32 on a CPU. Elsewhere it is no faster."""
+    transposed convolution: in half precision where kernels are used, in float32 on a CPU. A card can take longer over
+    that in float32, and a CPU that emulates half precision does."""
     if type(module) is Upsample2D and _doubles(module) and _fits(module.conv, hidden):
         weight, bias = module.conv.weight, module.conv.bias
         if hidden.dtype in HALF and wanted(hidden) and usable(hidden, weight, bias):
