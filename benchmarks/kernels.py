@@ -3,8 +3,9 @@
 A picture of 1024² with 128 tokens of caption: 4224 tokens of 3840 channels, feed-forward 10240. For each: the median
 time of a call, and the bytes that must be read and written divided by it, beside what a plain copy of the residual
 stream moves. Bytes are those of a single pass, so that an expression of many passes shows fewer a second. Then the same
-kernels where they round to 8 bits, and matrix products of 8-bit numbers beside those of the type itself (`torch`), each
-with all that it takes from rounded rows to a result in the type. `--output` writes the table as JSON into a folder.
+kernels where they round to 8 bits, and matrix products and, on Hopper's cards, attention of 8-bit numbers beside those
+of the type itself (`torch`), each with all that it takes from rounded rows to a result in the type. `--output` writes
+the table as JSON into a folder.
 
     python benchmarks/kernels.py [--dtypes bfloat16,float16] [--tokens 4224] [--rounds 50] [--output FOLDER]
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from zimage.bench.report import write
 from zimage.kernels.switch import using
 from zimage.models import layers, pictures
+from zimage.models.attention import attend_in_float8
 from zimage.models.pixel_attention import attend
 from zimage.models.precision import DTYPES, overflow_scale, residual_dtype
 from zimage.models.quantized import quantize_rows
@@ -85,6 +87,8 @@ def measure(dtype: torch.dtype, tokens: int, rounds: int) -> Iterable[dict[str, 
     for kind in KINDS:
         for rows, columns in SHAPES:
             yield product_row(kind, dtype, tokens, rows, columns, rounds)
+    if torch.cuda.get_device_capability() == (9, 0):
+        yield attention_row(dtype, tokens, rounds)
 
 
 def product_row(kind: str, dtype: torch.dtype, tokens: int, rows: int, columns: int, rounds: int) -> dict[str, Any]:
@@ -103,6 +107,21 @@ def product_row(kind: str, dtype: torch.dtype, tokens: int, rows: int, columns: 
     return {**row_of(f"{kind} {columns} to {rows}", moved, times), "product": by}
 
 
+def attention_row(dtype: torch.dtype, tokens: int, rounds: int) -> dict[str, Any]:
+    """Attention of rounded queries and keys, which rounds values, beside torch's own."""
+    plain = [noise(1, tokens, HEADS, DIM // HEADS, dtype=dtype) for _ in range(3)]
+    query, key = (
+        Quantized((one / scale).to(torch.float8_e4m3fn), scale, dtype)
+        for one in plain[:2]
+        for scale in [(one.float().abs().amax() / 448).view(1)]
+    )
+    times = {
+        "torch": median_time(lambda: F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in plain)), rounds),
+        "fused": median_time(lambda: attend_in_float8(query, key, plain[2]), rounds),
+    }
+    return row_of("attention float8", tokens * DIM * (2 + 2 * dtype.itemsize), times)
+
+
 def rounding_cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     """What a block that rounds its activations does between its matrix products in place of some of `cases`."""
     wide, item, row = residual_dtype(dtype), dtype.itemsize, tokens * DIM
@@ -111,7 +130,15 @@ def rounding_cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     mixed = noise(1, tokens, DIM, dtype=dtype)
     opening, content = Gives(noise(1, tokens, HIDDEN, dtype=dtype)), Gives(noise(1, tokens, HIDDEN, dtype=dtype))
     product, scales = (1e5 * noise(tokens, HIDDEN)).int(), (noise(tokens, 1), noise(HIDDEN, 1))
-    found: dict[str, Case] = {}
+    heads = [noise(1, tokens, HEADS, DIM // HEADS, dtype=dtype) for _ in range(2)]
+    head_norms, angles = (norm(DIM // HEADS, dtype), norm(DIM // HEADS, dtype)), noise(1, tokens, DIM // HEADS // 2)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    found: dict[str, Case] = {
+        "rotate float8": (
+            lambda: layers.rotate_normalized(*head_norms, *heads, rotations, "float8"),
+            row * 2 * (item + 1) + tokens * DIM // HEADS * 4,
+        )
+    }
     for kind in KINDS:
         found |= {
             f"normalize {kind}": (

@@ -1,10 +1,10 @@
-"""What layers in 8 bits do to pictures: the tables of docs/memory.md.
+"""What layers and attention in 8 bits do to pictures: the tables of docs/memory.md.
 
 Every setting draws the same captions from the same seeds, in turn. Closeness is that of the final latents to those of
 layers in full, as cosine; what a demo model draws is read by the judge. Then one evaluation of the transformer at a
 time, on noised latents, without what follows from it: of which blocks and which layers the error comes when they round
 their input. Random weights are of a size of `zimage.testing`. On a CPU products of rounded numbers are computed wider,
-which is slower and has the same meaning.
+which is slower and has the same meaning; attention in float8 is written out.
 
     python benchmarks/rounding.py [--models demo-turbo,demo] [--count 30] [--output benchmarks/results]
 """
@@ -41,6 +41,8 @@ SETTINGS: dict[str, Row] = {"full": {"weight_dtype": "full"}} | {
     for kind in KINDS
     for what, rounds in (("weights", False), ("weights and activations", True))
 }
+SETTINGS["float8, attention too"] = {**SETTINGS["float8, weights and activations"], "attention": True}
+SETTINGS["full, attention in float8"] = {"weight_dtype": "full", "attention": True}
 """The first is what the others are compared with."""
 SIGMAS = (0.95, 0.8, 0.5, 0.2)
 RANDOM = {"height": 256, "width": 256, "num_inference_steps": 4}
@@ -89,7 +91,7 @@ def subject(model: str, count: int, scratch: Path) -> tuple[Any, list[tuple[str,
 
 def draw_all(source: Any, captions: Sequence[tuple[str, Any]], options: Row, place: Row) -> list[Row]:
     """One row for each setting."""
-    pipes = {name: ZImagePipeline.from_pretrained(source, **place, **setting) for name, setting in SETTINGS.items()}
+    pipes = {name: load(source, place, **setting) for name, setting in SETTINGS.items()}
     outcomes: dict[str, list[Row]] = {name: [] for name in pipes}
     for seed, (text, claims) in enumerate(captions):
         for name, pipe in pipes.items():
@@ -101,6 +103,32 @@ def draw_all(source: Any, captions: Sequence[tuple[str, Any]], options: Row, pla
             outcomes[name].append(outcome)
     exact = next(iter(outcomes.values()))
     return [summary(name, done, exact) for name, done in outcomes.items()]
+
+
+def load(source: Any, place: Row, attention: bool = False, **setting: Any) -> ZImagePipeline:
+    """A pipeline, with attention in float8 if that is asked for."""
+    pipe = ZImagePipeline.from_pretrained(source, **place, **setting)
+    if attention and pipe.device.type == "cuda":
+        pipe.set_attention_backend("float8")
+    elif attention:
+        pipe.transformer.attend = narrow_attention
+    return pipe
+
+
+def narrow_attention(query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None) -> Tensor:
+    """Rounds what the kernel does: queries and keys with one scale, values by channel, weights below the largest."""
+    query, key, value = (one.float().transpose(1, 2) for one in (query, key, value))  # (B, heads, N, head_dim)
+    scores = narrowed(query, query.abs().amax()) @ narrowed(key, key.abs().amax()).transpose(2, 3)
+    scores = scores * query.shape[3] ** -0.5
+    weights = 256 * torch.exp(scores - scores.amax(3, keepdim=True))
+    mixed = weights.to(torch.float8_e4m3fn).float() @ narrowed(value, value.abs().amax(2, keepdim=True))
+    return (mixed / weights.sum(3, keepdim=True)).transpose(1, 2)
+
+
+def narrowed(wide: Tensor, most: Tensor) -> Tensor:
+    """`wide` as float8 with a scale that takes `most` to the largest number of it, and back."""
+    scale = (most / 448).clamp(min=2.0**-100)
+    return (wide / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def summary(name: str, outcomes: Sequence[Row], exact: Sequence[Row]) -> Row:

@@ -89,6 +89,7 @@ class Parts(Controlled):
         memory: str | int | Plan = "auto",
         weight_dtype: str | None = None,
         quantize_activations: bool = False,
+        attention_backend: str = "auto",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -117,6 +118,7 @@ class Parts(Controlled):
             quantize_activations: with weight_dtype "int8" or "float8", whether the transformer's layers round what they
                 multiply to that too, token by token, and multiply in 8 bits where the device does. The picture changes
                 somewhat more; where the device does not, it is slower than weight_dtype alone, and a warning says so.
+            attention_backend: as for `set_attention_backend`.
             revision, cache_dir, token, local_files_only: as for huggingface_hub, whose environment variables count.
             low_cpu_mem_usage: accepted for diffusers' scripts; loading is always tensor by tensor.
 
@@ -133,6 +135,7 @@ class Parts(Controlled):
                 "quantize_activations out"
             )
         check_weights(weight_dtype, quantize_activations)
+        attention.check_backend(attention_backend)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
         place = locate(
@@ -178,6 +181,8 @@ class Parts(Controlled):
         if weight_dtype is None and parts.plan is not None and not isinstance(memory, Plan):
             warn_of_weights(parts.plan)
         _warn_of_widening(parts.transformer, target)
+        if attention_backend != attention.AUTO:
+            made.set_attention_backend(attention_backend)
         if controlnet is not None:
             made.load_controlnet(controlnet, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         return made
@@ -243,11 +248,12 @@ class Parts(Controlled):
         return self
 
     def set_attention_backend(self, backend: str = "auto") -> None:
-        """Run attention with a backend of diffusers; pictures differ by its rounding, and their recipes name it.
+        """Run attention with another backend; pictures differ by its rounding, and their recipes name it.
 
         Args:
             backend: "auto" is FlashAttention-3 where it is installed on a card that it was made for, and torch's choice
-                elsewhere. "fastest" measures the exact ones at the model's own size of picture. Or one by name, such as
+                elsewhere. "fastest" measures the exact ones at the model's own size of picture. "float8" multiplies all
+                in 8 bits and sums up in float32, on Hopper's cards. Or one of diffusers by name, such as
                 "_native_cudnn", "flash" or "sage", which rounds queries and keys to 8 bits.
 
         Raises `RequestError` for one that there is not, that downloads code, or that does not work here.

@@ -175,8 +175,8 @@ class Placed:
         compiling fails, a warning says why and all goes on uncompiled; `RequestError` where torch has no compiler.
         Returns the pipeline itself; a second call changes nothing.
 
-        With `cuda_graphs` prompts, and steps of up to 2048 tokens (512 x 512 pixels and the prompt), are recorded once
-        for each size and 32 tokens of prompt, and launched as one; this changes no bits. `RequestError` off CUDA.
+        With `cuda_graphs` prompts, and steps of up to 5120 tokens (1024 x 1024 pixels and the prompt), are recorded
+        once for each size and 32 tokens of prompt, and launched as one; this changes no bits. `RequestError` off CUDA.
         """
         with self._turn:
             if cuda_graphs and self.device.type != "cuda":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zimage import RequestError
 from zimage.bench import measure, sides
 from zimage.bench.flops import padded
 from zimage.bench.measure import Bench, Disagreement, prepare, take_turns
@@ -48,6 +49,18 @@ def test_both_sides_are_compiled_or_neither() -> None:
     assert (pipe.compiled, is_compiled(theirs)) == (False, {False})
     pipe, theirs = sides.load(Settings(**OPTIONS, compile=True))
     assert (pipe.compiled, is_compiled(theirs)) == (True, {True})
+
+
+def test_attention_is_that_of_the_settings(turbo: Bench) -> None:
+    bench = make("turbo", attention="_native_math")
+    assert (bench.pipe.attention_backend, turbo.pipe.attention_backend) == ("_native_math", "native")
+    assert bench.settings.layers == turbo.settings.layers == "full"
+    with pytest.raises(RequestError, match="got 'flash3'"):
+        make("turbo", attention="flash3")
+    rounding = Settings(**OPTIONS, attention="float8")
+    assert (rounding.is_rounded, rounding.layers) == (True, "full, attention in float8")
+    both = Settings(**OPTIONS, weight_dtype="int8", attention="float8")
+    assert both.layers == "weights in int8, attention in float8"
 
 
 @pytest.mark.parametrize(("kind", "activations"), [("int8", True), ("float8", False), ("nf4", False)])

@@ -66,6 +66,28 @@ def test_a_relays_picture_is_said_to_be_one(zimage: Callable[..., Any], drawn: P
     assert "made by a relay of two models" in ended.err
 
 
+@pytest.mark.parametrize("name", ["float8", "flash"])
+def test_attention_in_8_bits_is_asked_for_again(
+    zimage: Callable[..., Any], drawn: Picture, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other backends differ by their last bits; where there is none, what it was is told."""
+    asked: list[str] = []
+    own = ZImagePipeline.set_attention_backend
+
+    def note(pipe: ZImagePipeline, backend: str) -> None:
+        asked.append(backend)
+        own(pipe, backend)
+
+    monkeypatch.setattr(ZImagePipeline, "set_attention_backend", note)
+    recipe = recipe_of(drawn)
+    runtime = {**recipe.runtime, "attention": name}
+    save_png(drawn, tmp_path / "a.png", replace(recipe, pixels="0" * 64, runtime=runtime))
+    ended = zimage("replay", tmp_path / "a.png", "-q")
+    assert (ended.code, ended.err) == (1, "")
+    assert f"  attention was {name}, here it is native\n" in ended.out
+    assert asked == ["float8"] * (name == "float8")
+
+
 def test_other_bits_are_told_with_what_differs(zimage: Callable[..., Any], drawn: Picture, tmp_path: Path) -> None:
     other = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     recipe = recipe_of(drawn)

@@ -16,7 +16,8 @@ import json
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zimage.kernels import fused, pictures, rounding
+from triton.tools.tensor_descriptor import TensorDescriptor
+from zimage.kernels import attention, fused, pictures, rounding
 
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -74,6 +75,20 @@ def launch_rounding(dtype, tokens, narrow):
     return list(launches)
 
 
+def launch_attention(dtype, tokens):
+    '''What attention in float8 launches.'''
+    def make(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches.clear()
+    query, key, norm = make(1, tokens, 30, 128), make(1, tokens, 30, 128), make(128)
+    rotations, narrow = make(1, tokens, 64, dtype=torch.complex64), torch.float8_e4m3fn
+    turned = fused.rotate_normalized(query, key, norm, norm, rotations, 1e-5, 1e-5, False, narrow)
+    (query, query_scale, _), (key, key_scale, _) = turned
+    assert attention.attend(query, query_scale, key, key_scale, make(1, tokens, 30, 128)) is not None
+    return list(launches)
+
+
 def launch_text(dtype, tokens):
     '''What a layer of Qwen3-4B launches.'''
     def make(*shape, dtype=dtype):
@@ -98,6 +113,9 @@ def compiled(kernel, args, constants, capability):
     for number, (parameter, value) in enumerate(zip(kernel.params, args)):
         if isinstance(value, torch.Tensor):
             signature[parameter.name], aligned[number,] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            blocks = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{blocks}]>"
         elif isinstance(value, int):
             assert parameter.do_not_specialize, f"{kernel.__name__} would be compiled for each {parameter.name}"
             signature[parameter.name] = "i32"
@@ -130,13 +148,21 @@ for dtype, narrow, capability in (
         ptx = compiled(kernel, args, constants, capability)
         rounded.append([kernel.__name__, str(narrow), ptx.count("ld.global.v4"), ptx.count("st.global.v4")])
         rounded[-1] += [ptx.count(what) for what in ("cvt.rn.satfinite.e4m3x2", "0f4B400000", "st.local")]
-print(json.dumps([report, rounded]))
+narrow = []
+for dtype in (torch.bfloat16, torch.float16):
+    kernels = launch_attention(dtype, 4224)
+    assert [one[3] for one in kernels] == [one[3] for one in launch_attention(dtype, 1056)]
+    for kernel, _, args, constants in kernels:
+        ptx = compiled(kernel, args, constants, 90)
+        counts = (".e4m3.e4m3", "cp.async.bulk.tensor", "shfl.sync.idx", "prmt", "st.local", "cvt.rn.satfinite.e4m3x2")
+        narrow.append([kernel.__name__, *(ptx.count(what) for what in counts)])
+print(json.dumps([report, rounded, narrow]))
 """
 
 
 def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[..., str], tmp_path: Path) -> None:
     """Whatever the strides and the number of tokens, of which none has a kernel of its own."""
-    report, rounded = json.loads(run_python(COMPILE, tmp_path))
+    report, rounded, attention = json.loads(run_python(COMPILE, tmp_path))
     groups = ["gather_groups", "activate_groups"]
     pictures = [*groups, *groups, *(3 * ["add_elements"]), "spread_taps", "spread_taps"]
     kernels = ["normalize_rows", "add_rows", "add_rows", "rotate_heads", *pictures, "gate_elements"]
@@ -158,3 +184,10 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[.
         # float8 by the card's own conversion; int8 by a sum that the compiler left as it is
         if name not in ("scale_rows", "widen_rows"):
             assert (conversions > 0, magic > 0) == (narrow == "torch.float8_e4m3fn", narrow == "torch.int8"), name
+    assert [name for name, *_ in attention] == 2 * ["rotate_heads", "narrow_values", "attend_heads"]
+    for name, products, copies, handed, picked, spilled, conversions in attention:
+        assert conversions >= 16, name
+        assert not spilled, name
+        # 8-bit products of blocks that come by themselves, of weights that stay with the thread that made them
+        assert (products > 0, copies > 0) == (name == "attend_heads",) * 2, name
+        assert name != "attend_heads" or (handed <= 1 and not picked), name

@@ -47,7 +47,8 @@ def test_a_backend_by_name_computes_attention(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash3", "attention backend must be auto, fastest, .*native.*; got 'flash3'"),
+        ("flash3", "attention backend must be auto, fastest, float8, .*native.*; got 'flash3'"),
+        ("float8", r"attention backend 'float8' does not work on cpu in torch\.float32: .*needs a Hopper card"),
         (None, "attention backend must be auto, fastest, .*; got None"),
         ("_flash_3_hub", "'_flash_3_hub' runs code that it downloads.*install its package"),
         ("flash", r"attention backend 'flash' does not work on cpu in torch.float32: \w+"),
@@ -131,6 +132,14 @@ def test_plan_and_recipe_name_it(own_turbo: ZImagePipeline, small: dict[str, Any
     own_turbo.set_attention_backend("auto")
     assert own_turbo.replay(before.recipe).same_bits
     assert own_turbo.plan.attention == "native"
+
+
+def test_it_is_chosen_as_a_model_is_loaded(turbo_folder: Path) -> None:
+    assert ZImagePipeline.from_pretrained(turbo_folder, attention_backend="_native_math").attention_backend == (
+        "_native_math"
+    )
+    with pytest.raises(RequestError, match="got 'flash3'"):  # before anything is looked for
+        ZImagePipeline.from_pretrained("nowhere/to-be-found", attention_backend="flash3")
 
 
 def test_a_choice_stays_with_its_pipeline(turbo_folder: Path) -> None:

@@ -187,6 +187,20 @@ def test_larger_forwards_are_computed(turbo_folder: Path, monkeypatch: pytest.Mo
     assert recording == Recording(records=2, replays=3 * 3)
 
 
+def test_tokens_of_all_pictures_count(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recording = recorded(turbo_folder)
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 64)
+    transformer = pipe.transformer
+    with torch.no_grad():
+        caption = transformer.encode_caption(torch.randn(5, 64))
+        grid = transformer.grid(8, 8, caption.length)  # 32 tokens with those that fill up
+        (modulation,) = transformer.modulations(torch.tensor([0.5]))
+        transformer.refine(torch.randn(2, 16, 8, 8), grid, modulation)
+        assert recording.records == 1
+        transformer.refine(torch.randn(3, 16, 8, 8), grid, modulation)
+    assert recording.records == 1
+
+
 def test_no_more_than_a_few_are_kept(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, recording = recorded(turbo_folder)
     plain = load(turbo_folder)

@@ -25,7 +25,7 @@ LARGE = {"cuda": 8192, "cpu": 1024, "mps": 2048}
 """Rows of the large square product: enough to reach a device's rate, few enough for a second or two."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}
 _OPERATION = re.compile(r"^aten::_scaled_dot_product|flash_attn|sage|xformers|flex_attention")
-_KERNEL = re.compile(r"flash|fmha|sdpa|attn|attention", re.IGNORECASE)
+_KERNEL = re.compile(r"flash|fmha|sdpa|attn|attention|attend_", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ def step_cosine(bench: Bench) -> float:
 
     def replace(pipe: Any, index: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         results = {"zimage": as_tensor(ours[index]), "diffusers": as_tensor(tensors["latents"])}
-        least = ROUNDED_STEP_COSINE if bench.settings.weight_dtype else COSINE
+        least = ROUNDED_STEP_COSINE if bench.settings.is_rounded else COSINE
         compared.append(_compare(f"step {index + 1} of denoise", results, least))
         return {"latents": ours[index].clone()}
 
@@ -300,7 +300,7 @@ def _compare(stage: str, results: Mapping[str, Tensor], least: float) -> float:
 
 def _least_cosine(bench: Bench, stage: str) -> float:
     denoised = stage in ("denoise", "end-to-end")
-    if denoised and bench.settings.weight_dtype:
+    if denoised and bench.settings.is_rounded:
         return ROUNDED_COSINE
     chained = denoised and bench.request.guidance_scale > 0
     return CHAINED_COSINE if chained and bench.pipe.dtype != torch.float32 else COSINE

@@ -18,6 +18,8 @@ STAGES = ("encode", "denoise", "decode", "end-to-end")
 SIDES = ("zimage", "diffusers")
 ROUNDED = ("int8", "float8", "nf4")
 """What zimage's layers can be stored as beside diffusers' in full."""
+FLOAT8_ATTENTION = "float8"
+"""The backend of attention that rounds what it multiplies."""
 KEPT_ROUNDS = 10
 """Rounds of a result that is kept: a median of fewer moves with every disturbance."""
 PICTURES: dict[str, tuple[int, int | None]] = {
@@ -45,9 +47,11 @@ class Settings:
         only: "zimage" leaves diffusers out.
         compile: both sides with the transformer's blocks compiled, each in its own way (zimage's kernels go on where
             there are any); the round that is not measured waits for the compiler.
-        cuda_graphs: zimage's side with CUDA graphs, for pictures of up to 512 x 512 pixels; diffusers has none.
+        cuda_graphs: zimage's side with CUDA graphs, for pictures of up to 1024 x 1024 pixels; diffusers has none.
         weight_dtype, quantize_activations: what zimage's transformer stores its layers as and multiplies in, as for
             `ZImagePipeline.from_pretrained`; diffusers' side and all else stay as they are.
+        attention: what zimage's transformer computes attention with, as for `ZImagePipeline.set_attention_backend`;
+            diffusers' leaves it to torch.
         words: of the prompts, a number that no other round has included.
 
     Raises `RequestError` for what cannot work.
@@ -68,6 +72,7 @@ class Settings:
     cuda_graphs: bool = False
     weight_dtype: str | None = None
     quantize_activations: bool = False
+    attention: str = "auto"
     words: int = 20
 
     def __post_init__(self) -> None:
@@ -94,14 +99,15 @@ class Settings:
 
     @property
     def layers(self) -> str:
-        """How zimage's layers are stored and multiplied, in words."""
-        if self.weight_dtype is None:
-            return "full"
-        return (
-            f"weights and activations in {self.weight_dtype}"
-            if self.quantize_activations
-            else (f"weights in {self.weight_dtype}")
-        )
+        """How zimage's layers are stored and multiplied, and attention if that is rounded, in words."""
+        rounded = "weights and activations" if self.quantize_activations else "weights"
+        words = "full" if self.weight_dtype is None else f"{rounded} in {self.weight_dtype}"
+        return f"{words}, attention in float8" if self.attention == FLOAT8_ATTENTION else words
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether zimage's side computes with fewer bits than diffusers'."""
+        return self.weight_dtype is not None or self.attention == FLOAT8_ATTENTION
 
     def request(self, variant: Variant) -> GenerationRequest:
         """The picture of every round, but for its prompt and noise; checked as far as `variant` tells."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.locate import locate
+from ..models.attention import check_backend
 from ..models.graphs import uses_graphs
 from ..models.precision import choose_dtype
 from ..models.quantized import quantized_copy
@@ -127,6 +128,7 @@ def load(settings: Settings, built: Any = None) -> tuple[ZImagePipeline, Any]:
 
     `built` is diffusers' pipeline with the random weights that `settings` name, where it is there already.
     """
+    check_backend(settings.attention)
     pipe, theirs = _load(settings, built)
     if settings.compile or settings.cuda_graphs:
         pipe.compile(cuda_graphs=settings.cuda_graphs)
@@ -142,7 +144,7 @@ def _load(settings: Settings, built: Any) -> tuple[ZImagePipeline, Any]:
     name: Any = str(dtype).removeprefix("torch.")
     if settings.model is not None and settings.only:
         pipe = ZImagePipeline.from_pretrained(settings.model, variant=settings.variant, dtype=dtype, device=device)
-        return _rounded(pipe, settings), None
+        return _arranged(pipe, settings), None
     if settings.model is None:
         variant: Any = settings.variant or "turbo"
         size: Any = settings.size
@@ -150,14 +152,16 @@ def _load(settings: Settings, built: Any) -> tuple[ZImagePipeline, Any]:
     else:
         theirs = _load_diffusers(settings.model, dtype).to(device)
     theirs.set_progress_bar_config(disable=True)
-    return _rounded(ZImagePipeline.from_diffusers(theirs, variant=settings.variant), settings), theirs
+    return _arranged(ZImagePipeline.from_diffusers(theirs, variant=settings.variant), settings), theirs
 
 
-def _rounded(pipe: ZImagePipeline, settings: Settings) -> ZImagePipeline:
-    """`pipe` with the layers of its transformer as the settings have them, beside those in full that others share."""
+def _arranged(pipe: ZImagePipeline, settings: Settings) -> ZImagePipeline:
+    """`pipe` with the layers and the attention of its transformer as the settings have them, beside the layers in full
+    that others share."""
     if settings.weight_dtype is not None:
         kind, activations = settings.weight_dtype, settings.quantize_activations
         pipe.transformer = quantized_copy(pipe.transformer, kind, *BLOCKS, activations=activations)
+    pipe.set_attention_backend(settings.attention)
     return pipe
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ..bench.settings import KEPT_ROUNDS, ROUNDED, STAGES, Settings
 from ..errors import RequestError
-from .options import MODEL_HELP, Device, Dtype, Json, QuantizeActivations, Quiet, check_request
+from .options import MODEL_HELP, Attention, Device, Dtype, Json, QuantizeActivations, Quiet, check_request
 from .running import shows_progress
 
 
@@ -35,6 +35,7 @@ def bench(
         str | None, typer.Option("--weight-dtype", help=f"zimage's layers in {', '.join(ROUNDED)}; diffusers' in full.")
     ] = None,
     quantize_activations: QuantizeActivations = False,
+    attention: Attention = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Folder to keep the result in; {KEPT_ROUNDS} rounds or more.")
     ] = None,
@@ -43,13 +44,14 @@ def bench(
 ) -> None:
     """Measure each stage of a picture, zimage and diffusers in turn on the same weights.
 
-    Exit code 1 if the two do not do the same work or their results differ. With --weight-dtype results are reported,
-    and only those of another picture are an error.
+    Exit code 1 if the two do not do the same work or their results differ. With --weight-dtype or --attention float8
+    results are reported, and only those of another picture are an error.
     """
     settings = _settings(
         size=size or (None if model else "tiny"), model=model, variant=variant, device=device, dtype=dtype,
         height=height, width=width, steps=steps, rounds=rounds, stages=_names(stages), only=only,
         compile=compile, cuda_graphs=cuda_graphs, weight_dtype=weight_dtype, quantize_activations=quantize_activations,
+        attention=attention,
     )  # fmt: skip
     if output is not None and rounds < KEPT_ROUNDS:
         raise RequestError(f"a result that is kept needs {KEPT_ROUNDS} rounds or more, got {rounds}; drop --output")

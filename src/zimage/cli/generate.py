@@ -22,6 +22,7 @@ from ..request import ResolvedRequest, expand_requests
 from .options import (
     MODEL_HELP,
     MODEL_VARIABLE,
+    Attention,
     CacheDir,
     ControlImage,
     ControlNet,
@@ -97,6 +98,7 @@ def generate(
     memory: Memory = None,
     weight_dtype: WeightDtype = None,
     quantize_activations: QuantizeActivations = False,
+    attention_backend: Attention = None,
     transformer: Transformer = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
@@ -185,6 +187,7 @@ def generate(
         memory=memory,
         weight_dtype=weight_dtype,
         quantize_activations=quantize_activations or None,
+        attention_backend=attention_backend,
         transformer=transformer,
         text_encoder=text_encoder,
         vae=vae,

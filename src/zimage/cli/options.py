@@ -44,6 +44,12 @@ QuantizeActivations = Annotated[
     bool,
     typer.Option("--quantize-activations", help="With weights in int8 or float8: multiply in 8 bits on both sides."),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention", "--attention-backend", help="auto, fastest, float8 (8 bits, on Hopper), or diffusers'."
+    ),
+]
 Transformer = Annotated[
     str | None,
     typer.Option("--transformer", help="Its weights: a GGUF or safetensors file, here or owner/name/file on the hub."),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from ..pipeline import ZImagePipeline
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_ROUNDING = ("float8", "sage")
+"""Backends of attention whose pictures differ by more than their last bits."""
 _MAX_THREADS = 256
 
 
@@ -92,6 +95,7 @@ def replay(
     pipe = _load(
         recipe, model, files, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only
     )
+    _set_attention(pipe, recipe)
     _load_adapters(pipe, recipe, given, cache_dir=cache_dir, local_files_only=local_files_only)
     _load_controlnet(pipe, recipe, controlnet, cache_dir=cache_dir, local_files_only=local_files_only)
     request = pipe.resolve(asked)
@@ -170,6 +174,13 @@ def _load(
             raise
         ask = "".join(f", --{part.replace('_', '-')}" for part in recorded_files)
         raise CheckpointError(f"{error}; the file names this model: pass --model{ask} to download it") from None
+
+
+def _set_attention(pipe: ZImagePipeline, recipe: Recipe) -> None:
+    """Attention in 8 bits where the recipe has it and this machine too; elsewhere the replay names the difference."""
+    if recipe.runtime.get("attention") in _ROUNDING:
+        with suppress(RequestError):
+            pipe.set_attention_backend(recipe.runtime["attention"])
 
 
 def _by_name(loras: list[str] | None, recipe: Recipe) -> dict[str, str]:

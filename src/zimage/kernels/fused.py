@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import groups, launching, rows
+from . import heads as of_heads
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096
@@ -29,6 +30,8 @@ MOST_BATCHES = 65535
 """The second axis of a launch ends there."""
 GATE_BLOCK = 2048
 """Elements of a program without sums: two loads of 16 bytes from each source and thread, in half precision."""
+FLOAT8_MOST = 448.0
+"""The largest number of float8 e4m3."""
 FLOAT8_CARDS = (8, 9)
 """Compute capability from which on cards convert float8 e4m3."""
 
@@ -140,16 +143,18 @@ def rotate_normalized(
     query_eps: float,
     key_eps: float,
     halves: bool = False,
-) -> tuple[Tensor, Tensor] | None:
+    narrow: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Rounded, Rounded] | None:
     """RMS norm of every head of `query` and `key` (B, N, heads, head_dim), then pairs of channels turned by `rotations`
     (1 or B, N, head_dim / 2), complex64: neighbours, with `halves` channels i and i + head_dim / 2. Both may be views
-    of one tensor, with channels side by side; keys may have fewer heads."""
+    of one tensor, with channels side by side; keys may have fewer heads. With `narrow`, float8 e4m3, both come so, with
+    one scale each that follows from the weights."""
     if query.ndim != 4 or key.ndim != 4 or query.dtype != key.dtype or query_weight.dtype != key_weight.dtype:
         return None
     batch, tokens, heads, size = query.shape
     if (batch, tokens, size) != (*key.shape[:2], key.shape[3]) or key.shape[2] > heads:
         return None
-    if halves and size != _power_of_two(size):
+    if (halves and size != _power_of_two(size)) or not _converts(query, narrow):
         return None
     if not (_fit_heads(query, query_weight) and _fit_heads(key, key_weight)):
         return None
@@ -162,16 +167,21 @@ def rotate_normalized(
     strides = (*query.stride()[:3], *key.stride()[:3])
     step = 16 if not any(stride % 16 for stride in strides) else 1
     turns = torch.view_as_real(rotations)
-    results = [torch.empty(one.shape, dtype=query_weight.dtype, device=query.device) for one in (query, key)]
+    dtype, device = query_weight.dtype, query.device
+    results = [torch.empty(one.shape, dtype=narrow or dtype, device=device) for one in (query, key)]
+    scales = [torch.empty(1, device=device) for _ in results] if narrow else (None, None)
     places, columns = _power_of_two(heads), _power_of_two(size)
     count = max(1, TILE // (places * columns))
     _launch(
-        rows.rotate_heads, (-(-tokens // count), batch), query, key, query_weight, key_weight, turns, *results, tokens,
-        *(stride // step for stride in strides), turns.stride(0) if len(rotations) > 1 else 0, turns.stride(1),
-        query_eps, key_eps, step=step, heads=heads, key_heads=key.shape[2], size=size, count=count, places=places,
-        columns=columns, halves=halves, num_warps=_warps(count * places * columns),
+        of_heads.rotate_heads, (-(-tokens // count), batch), query, key, query_weight, key_weight, turns, *results,
+        *scales, tokens, *(stride // step for stride in strides), turns.stride(0) if len(rotations) > 1 else 0,
+        turns.stride(1), query_eps, key_eps, step=step, heads=heads, key_heads=key.shape[2], size=size, count=count,
+        places=places, columns=columns, halves=halves, reach=size**0.5 / FLOAT8_MOST,
+        num_warps=_warps(count * places * columns),
     )  # fmt: skip
-    return results[0], results[1]
+    if scales[0] is None or scales[1] is None:
+        return results[0], results[1]
+    return (results[0], scales[0], dtype), (results[1], scales[1], dtype)
 
 
 @_overridable

@@ -1,7 +1,7 @@
 """Which kernel attention runs with: what was asked for, else FlashAttention-3 where it is, else what torch picks.
 
-The kernels are diffusers' attention backends, by its names. None that rounds queries or keys is ever chosen here, and
-none that downloads code can be. Knows no blocks and no weights.
+The kernels are diffusers' attention backends, by its names, and one of our own, "float8". None that rounds queries or
+keys is ever chosen here, and none that downloads code can be. Knows no blocks and no weights.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from ..errors import RequestError
+from ..kernels.switch import run, used, using, wanted
+from .rowwise import LEAST_SCALE, MOST, NARROW, Quantized, Rows
 
-AUTO, FASTEST = "auto", "fastest"
+AUTO, FASTEST, FLOAT8 = "auto", "fastest", "float8"
 EXACT = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3")
 """Those that compute softmax attention in the type they are given; "fastest" measures these."""
 GAIN = 0.98
 """Another is taken for "native" if it needs less than this part of its time: differences below are noise."""
 _HOPPER = (9, 0)
 _ROUNDS = 7
-_TRIAL_TOKENS = 64
+_TRIAL_TOKENS = 192
 
 
 def attend(
@@ -44,21 +46,50 @@ def attend(
     return result
 
 
+def attend_in_float8(query: Rows, key: Rows, value: Tensor, *, backend: Any = None) -> Tensor:
+    """`attend`, in float8 where queries and keys are so already; values are rounded here."""
+    if isinstance(query, Quantized) and isinstance(key, Quantized):
+        mixed = _in_float8(query, key, value)
+        if mixed is not None:
+            return mixed
+    exact = [one if isinstance(one, Tensor) else one.widened() for one in (query, key)]
+    return attend(exact[0], exact[1], value, backend=backend)
+
+
+def row_kind_of(attend: Callable[..., Tensor]) -> str | None:
+    """What `attend` takes queries and keys in, "float8", or `None` for their own type."""
+    return FLOAT8 if attend is attend_in_float8 else None
+
+
 def attend_with(name: str) -> Callable[..., Tensor]:
     """`attend` with the backend of this name."""
-    return partial(attend, chosen=AttentionBackendName(name))
+    return attend_in_float8 if name == FLOAT8 else partial(attend, chosen=AttentionBackendName(name))
 
 
 def name_of(transformer: Any, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `transformer` computes with on `device` in `dtype`; "native" is torch's choice, "own" that of
     whoever put another function in its place."""
     given = vars(transformer).get("attend")
+    if given is attend_in_float8:
+        return FLOAT8
     if given is not None and not isinstance(given, partial):
         return "own"
     processor = next((block.attention.processor for block in transformer.layers), None)
     backend = given.keywords["chosen"] if given is not None else getattr(processor, "_attention_backend", None)
     backend = backend or _automatic(device, dtype) or attention_dispatch._AttentionBackendRegistry._active_backend
     return str(AttentionBackendName(backend).value)
+
+
+def check_backend(backend: str) -> None:
+    """Raise `RequestError` unless there is such a backend, here or elsewhere, that downloads no code."""
+    names = [known.value for known in AttentionBackendName if not known.value.endswith("_hub")]
+    if isinstance(backend, str) and backend.endswith("_hub"):
+        raise RequestError(
+            f"attention backend {backend!r} runs code that it downloads, which zimage does not; install its package "
+            f"and use the backend of that ({', '.join(names)})"
+        )
+    if backend not in (AUTO, FASTEST, FLOAT8, *names):
+        raise RequestError(f"attention backend must be auto, fastest, float8, {', '.join(names)}; got {backend!r}")
 
 
 def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -68,17 +99,10 @@ def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.d
     """
     if backend == FASTEST:
         return _fastest(_inputs(tokens, heads, head_dim, device, dtype))
-    names = [known.value for known in AttentionBackendName if not known.value.endswith("_hub")]
-    if isinstance(backend, str) and backend.endswith("_hub"):
-        raise RequestError(
-            f"attention backend {backend!r} runs code that it downloads, which zimage does not; install its package "
-            f"and use the backend of that ({', '.join(names)})"
-        )
-    if backend not in names:
-        raise RequestError(f"attention backend must be auto, fastest, {', '.join(names)}; got {backend!r}")
+    check_backend(backend)
     trial = _inputs(_TRIAL_TOKENS, heads, head_dim, device, dtype)
     try:
-        result = _with(backend, trial)()
+        result = _narrow(trial) if backend == FLOAT8 else _with(backend, trial)()
         good = torch.nn.functional.cosine_similarity(result.flatten().float(), _exact(trial), dim=0).item() > GAIN
         reason = "its result is wrong"
     except Exception as error:  # whatever a library has to say about its absence, the device or the type
@@ -86,6 +110,31 @@ def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.d
     if not good:
         raise RequestError(f"attention backend {backend!r} does not work on {device} in {dtype}: {reason}")
     return backend
+
+
+def _in_float8(query: Quantized, key: Quantized, value: Tensor) -> Tensor | None:
+    if not wanted(value):
+        return None
+    mixed: Tensor | None = run("attention.attend", query.values, query.scale, key.values, key.scale, value)
+    return mixed
+
+
+def _narrow(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """In float8, or an error."""
+    query, key = (
+        Quantized((one / scale).to(NARROW[FLOAT8]), scale, one.dtype)
+        for one in inputs[:2]
+        for scale in [(one.float().abs().amax() / MOST[FLOAT8]).clamp(min=LEAST_SCALE).view(1)]
+    )
+    if used(query.values.device):
+        with using("on"):  # what fails here is no reason to compute all else without kernels
+            mixed = _in_float8(query, key, inputs[2])
+        if mixed is not None:
+            return mixed
+    raise NotImplementedError(
+        "it needs a Hopper card (compute capability 9.0), Triton 3.4 or newer, bfloat16 or float16, heads of 32, 64 or "
+        "128 channels, and zimage's kernels"
+    )
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> AttentionBackendName | None:

@@ -25,9 +25,9 @@ from .compiled import computes_plainly
 from .layers import is_bare
 from .transformer import Caption, Hint, ImageGrid, Modulation, ZImageTransformer
 
-MOST_TOKENS = 2048
-"""Image and caption tokens of a forward that is recorded: 512 x 512 pixels and a caption of up to 1024. On an H200
-with a fast host 512 x 512 pixels gained nothing any more (docs/speed.md); slower hosts have longer to wait for."""
+MOST_TOKENS = 5120
+"""Image and caption tokens of all pictures of a forward that is recorded: 1024 x 1024 pixels and a caption of up to
+1024. An H200 computes that as fast in float8 as a slow host launches it (docs/speed.md)."""
 KEPT = 32
 """Recordings of a transformer: of one size two for each 32 tokens of caption."""
 
@@ -170,7 +170,7 @@ class Graphs(Recordings):
 
     def _small(self, name: str, tokens: int, *args: Any) -> Tensor:
         own: Callable[..., Tensor] = partial(getattr(type(self._transformer), name), self._transformer)
-        return own(*args) if tokens > MOST_TOKENS else self.compute(name, own, *args)
+        return own(*args) if tokens * len(args[0]) > MOST_TOKENS else self.compute(name, own, *args)
 
     def _give_up(self, error: Exception) -> None:
         super()._give_up(error)

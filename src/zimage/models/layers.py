@@ -19,6 +19,7 @@ from .quantized import QuantizedLinear
 from .rope import rotate
 from .rowwise import NARROW, Quantized, Rows, rounded
 
+_HALF = (torch.bfloat16, torch.float16)
 _RECORDER = "transformers.utils.output_capturing"
 """Where the hooks are made that transformers leaves on layers once their outputs were asked for, as diffusers asks;
 they act only while a model around the layer is called for that."""
@@ -106,15 +107,17 @@ def add_then_normalize(
 
 
 def rotate_normalized(
-    query_norm: Any, key_norm: Any, query: Tensor, key: Tensor, rotations: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`query` and `key` (B, N, heads, head_dim), each head normalised if there is a norm, then turned by `rotate`."""
+    query_norm: Any, key_norm: Any, query: Tensor, key: Tensor, rotations: Tensor, kind: str | None = None
+) -> tuple[Rows, Rows]:
+    """`query` and `key` (B, N, heads, head_dim), each head normalised if there is a norm, then turned by `rotate`; in
+    `kind`, "float8", if that is given and a kernel does it, with one scale for all heads."""
     if wanted(query):
         weights = _weight(query_norm), _weight(key_norm)
         if weights[0] is not None and weights[1] is not None:
-            fused = run("rotate_normalized", query, key, *weights, rotations, query_norm.eps, key_norm.eps)
+            narrow = (False, *_narrow(kind)) if query.dtype in _HALF else ()
+            fused = run("rotate_normalized", query, key, *weights, rotations, query_norm.eps, key_norm.eps, *narrow)
             if fused is not None:
-                return fused[0], fused[1]
+                return _rows(fused[0]), _rows(fused[1])
     if query_norm is not None:
         query = normalize(query_norm, query)
     if key_norm is not None:

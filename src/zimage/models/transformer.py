@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, row_kind_of
 from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized, row_kind
 from .precision import overflow_scale, residual_dtype
 from .rope import axis_rotations
@@ -295,7 +295,7 @@ def _attention(attention: Any, hidden: Rows, rotations: Tensor, scale: float, at
 
     value = heads(attention.to_v)
     query, key = rotate_normalized(
-        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations
+        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations, row_kind_of(attend)
     )
     mixed = attend(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
