@@ -271,6 +271,13 @@ def test_weights_in_fewer_bits_are_of_both(base_folder: Path, turbo_folder: Path
         load(base_folder, turbo_folder, weight_dtype="int3")
 
 
+def test_attention_is_that_of_both(base_folder: Path, turbo_folder: Path) -> None:
+    with load(base_folder, turbo_folder, attention_backend="_native_math") as relay:
+        assert (relay.base.attention_backend, relay.turbo.attention_backend) == ("_native_math", "_native_math")
+    with pytest.raises(RequestError, match="got 'flash3'"):
+        Relay.from_pretrained("nowhere/base", "nowhere/turbo", attention_backend="flash3")
+
+
 def test_the_order_is_base_and_then_turbo(base_folder: Path, turbo_folder: Path, base: Any, turbo: Any) -> None:
     for make in (load, lambda *pair: Relay(*(base if one == base_folder else turbo for one in pair))):
         with pytest.raises(RequestError, match="change their order"):

@@ -26,6 +26,7 @@ from .memory.pairs import plan_pair
 from .memory.plan import Plan
 from .memory.planner import Planning, check_weights, plan_model
 from .memory.residency import Residency
+from .models.attention import check_works
 from .models.precision import choose_dtype
 from .parts import described
 from .pipeline import ZImagePipeline
@@ -82,6 +83,7 @@ def load_pair(
     memory: str | int,
     weight_dtype: str | None,
     quantize_activations: bool,
+    attention_backend: str,
     **access: Any,
 ) -> Pair:
     """Load both with one text encoder and one VAE, under one plan; `access` is what `locate` takes.
@@ -92,6 +94,7 @@ def load_pair(
     check_weights(weight_dtype, quantize_activations)
     target = runtime.choose_device(device)
     precision = choose_dtype(dtype or "auto", target)
+    check_works(attention_backend, target, precision)
     budget = find_budget(memory, target)
     places = [locate(model, **access) for model in (base, turbo)]
     found = [_surveyed(place) for place in places]
@@ -111,7 +114,10 @@ def load_pair(
     plans = plan_pair(sizes_of(found[0]), sizes_of(found[1]), make)
     held = held_memory(target)
     lender = ZImagePipeline.from_pretrained(base, dtype=precision, device=target, memory=plans.base, **access)
-    return Pair(lender, _finisher(lender, places[1], plans.turbo, target, held), plans.both)
+    made = Pair(lender, _finisher(lender, places[1], plans.turbo, target, held), plans.both)
+    for pipe in (made.base, made.turbo):
+        pipe.set_attention_backend(attention_backend)
+    return made
 
 
 def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch.device, held: int) -> ZImagePipeline:

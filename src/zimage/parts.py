@@ -135,9 +135,9 @@ class Parts(Controlled):
                 "quantize_activations out"
             )
         check_weights(weight_dtype, quantize_activations)
-        attention.check_backend(attention_backend)
         target = runtime.choose_device(device)
         precision = choose_dtype(dtype or torch_dtype or "auto", target)
+        attention.check_works(attention_backend, target, precision)
         place = locate(
             model,
             transformer=transformer,
@@ -253,7 +253,7 @@ class Parts(Controlled):
         Args:
             backend: "auto" is FlashAttention-3 where it is installed on a card that it was made for, and torch's choice
                 elsewhere. "fastest" measures the exact ones at the model's own size of picture. "float8" multiplies all
-                in 8 bits and sums up in float32, on Hopper's cards. Or one of diffusers by name, such as
+                in 8 bits, on Hopper's cards. Or one of diffusers by name, such as
                 "_native_cudnn", "flash" or "sage", which rounds queries and keys to 8 bits.
 
         Raises `RequestError` for one that there is not, that downloads code, or that does not work here.

@@ -175,8 +175,9 @@ class Placed:
         compiling fails, a warning says why and all goes on uncompiled; `RequestError` where torch has no compiler.
         Returns the pipeline itself; a second call changes nothing.
 
-        With `cuda_graphs` prompts, and steps of up to 5120 tokens (1024 x 1024 pixels and the prompt), are recorded
-        once for each size and 32 tokens of prompt, and launched as one; this changes no bits. `RequestError` off CUDA.
+        With `cuda_graphs` prompts, and steps of up to 5120 tokens in all (1024 x 1024 pixels and the prompt), are
+        recorded once for each size and 32 tokens of prompt, and launched as one; this changes no bits, and memory that
+        runs out lets go of recordings. `RequestError` off CUDA.
         """
         with self._turn:
             if cuda_graphs and self.device.type != "cuda":
@@ -224,13 +225,9 @@ class Placed:
         placement = loaded.plan.placement if loaded.plan else None
         self._residency.close()
         self._residency = Residency(
-            self.text_encoder.model,
-            self.transformer,
-            placement=placement,
-            device=device,
-            layers=loaded.layers,
-            read=loaded.read,
-        )
+            self.text_encoder.model, self.transformer,
+            placement=placement, device=device, layers=loaded.layers, read=loaded.read,
+        )  # fmt: skip
         if placement is not None and placement.text_encoder == "streamed":
             self.text_encoder.device = device
 
@@ -249,17 +246,16 @@ class Placed:
 
     def _attempt(self, stage: str, request: ResolvedRequest, let_go: Callable[[], None] | None = None) -> Attempt:
         """Computes a stage ("prompt", "image", "denoising", "decoding") of a picture; where memory runs out, again with
-        less, after `let_go`."""
-        return partial(with_less, step_down=partial(self._step_down, stage, request), let_go=let_go)
+        less, after letting go of recordings and `let_go`."""
+        step_down, let_all_go = partial(self._step_down, stage, request), partial(self._forget_graphs, let_go)
+        return partial(with_less, step_down=step_down, let_go=let_all_go)
 
     def _step_down(self, stage: str, request: ResolvedRequest, reason: str) -> None:
         """Take the next rung, for this picture and those after it; raises `NotEnoughMemory` where there is none."""
         plan = self._planned()
         lowered = lower(self._fitted(plan, request), stage, has_files=self._residency.read is not None)
-        kept, _ = fit_picture(
-            replace(plan, placement=lowered.placement, budget=lowered.budget),
-            plan.work.height, plan.work.width, plan.work.tokens,
-        )  # fmt: skip
+        kept, work = replace(plan, placement=lowered.placement, budget=lowered.budget), plan.work
+        kept, _ = fit_picture(kept, work.height, work.width, work.tokens)
         height, width, *_ = demands(request)
         sentence = f"{stage} ran out of memory at {width}x{height} ({reason}); since then: "
         self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)
@@ -307,9 +303,14 @@ class Placed:
         self.text_encoder.drop_graphs()
         restore_blocks(self.transformer)
 
-    def _move(self, plan: Plan, device: torch.device) -> None:
+    def _forget_graphs(self, also: Callable[[], None] | None = None) -> None:
         forget_graphs(self.transformer)
         self.text_encoder.forget_graphs()
+        if also is not None:
+            also()
+
+    def _move(self, plan: Plan, device: torch.device) -> None:
+        self._forget_graphs()
         try:
             self._residency.place(plan.placement, device)
             self.autoencoder.vae.to(device)

@@ -261,6 +261,11 @@ def strength(name: str, value: Any) -> float:
     return number(name, value, -MAX_STRENGTH, MAX_STRENGTH)
 
 
+def rounds_attention(backend: str) -> bool:
+    """Whether a backend of attention multiplies in 8 bits, so that pictures differ by more than their last bits."""
+    return backend == "float8" or "sage" in backend
+
+
 def resolve_diversity(asked: Any) -> float:
     """How far caption features are moved in the first steps; 0 is not at all."""
     return 0.0 if asked is None else number("diversity", asked, 0.0, MAX_DIVERSITY)

@@ -58,9 +58,9 @@ def test_attention_is_that_of_the_settings(turbo: Bench) -> None:
     with pytest.raises(RequestError, match="got 'flash3'"):
         make("turbo", attention="flash3")
     rounding = Settings(**OPTIONS, attention="float8")
-    assert (rounding.is_rounded, rounding.layers) == (True, "full, attention in float8")
+    assert (rounding.is_rounded, rounding.layers) == (True, "full, attention float8")
     both = Settings(**OPTIONS, weight_dtype="int8", attention="float8")
-    assert both.layers == "weights in int8, attention in float8"
+    assert both.layers == "weights in int8, attention float8"
 
 
 @pytest.mark.parametrize(("kind", "activations"), [("int8", True), ("float8", False), ("nf4", False)])

@@ -41,7 +41,9 @@ def noise(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 4096 + 128), (2, 1024 + 64), (1, 256 + 32), (3, 77)])
+@pytest.mark.parametrize(
+    ("batch", "tokens"), [(1, 4096 + 128), (2, 1024 + 64), (1, 256 + 32), (3, 77), (1, 16384 + 96)]
+)
 def test_it_is_attention_at_real_widths(batch: int, tokens: int, dtype: torch.dtype) -> None:
     given = [noise(batch, tokens, HEADS, SIZE, dtype=dtype) for _ in range(2)]
     given[1] = given[1].flip(1).contiguous()
@@ -60,7 +62,9 @@ def test_it_is_attention_at_real_widths(batch: int, tokens: int, dtype: torch.dt
     assert results[0] is not None
     assert all(one is not None and torch.equal(one, results[0]) for one in results)
     wide = [(one.double() * scale).transpose(1, 2) for one, scale in ((query, query_scale), (key, key_scale))]
-    exact = F.scaled_dot_product_attention(*wide, value.double().transpose(1, 2)).transpose(1, 2)
+    wide.append(value.double().transpose(1, 2))
+    heads = [F.scaled_dot_product_attention(*(one[:, [head]] for one in wide)) for head in range(HEADS)]
+    exact = torch.cat(heads, dim=1).transpose(1, 2)
     assert (results[0] - exact).norm() <= 0.045 * exact.norm()
     assert abs((results[0] - exact).mean()) <= 1e-3 * exact.std()
     unrounded = F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (*plain, value))).transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zimage import RequestError, ZImagePipeline
 from zimage.kernels import attention, fused
 from zimage.kernels.switch import using
-from zimage.models.attention import FLOAT8, attend_in_float8, choose
+from zimage.models.attention import FLOAT8, attend_in_float8, choose, row_kind_of
 from zimage.models.precision import Float32Math
 from zimage.models.rowwise import Quantized
 from zimage.testing import build_checkpoint
@@ -69,6 +69,15 @@ def assert_mixed(given: tuple[Quantized, Quantized, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_it_is_attention(noise: Noise, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_mixed(inputs(noise, *shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1e-12])
+def test_keys_that_all_weigh_the_same(noise: Noise, scale: float) -> None:
+    """Of norms whose weights are zero or nearly so; what fills the last block up weighs nothing."""
+    query, key, value = inputs(noise, 1, 160, 2, 32)
+    small = torch.full((1,), scale, device=value.device)
+    given = Quantized(query.values, small, query.dtype), Quantized(key.values, small, key.dtype), value
+    assert_mixed(given)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
@@ -204,6 +213,38 @@ def test_a_pipeline_computes_with_it(folder: Path, device: torch.device, asked: 
     pipe.set_attention_backend("auto")
     with using("on"):
         assert torch.equal(drawn(pipe), expected)
+
+
+def test_what_is_said_of_it_is_what_is_computed(folder: Path, device: torch.device) -> None:
+    with using("on"):
+        pipe = ZImagePipeline.from_pretrained(folder, dtype="bfloat16", device=device, attention_backend="float8")
+        assert pipe.attention_backend == "float8"
+        with using("off"):
+            assert pipe.attention_backend == "native"
+        assert pipe.to(torch.float32).attention_backend == "native"
+
+
+def test_gradients_and_heads_of_other_sizes_are_not_rounded(
+    folder: Path, turbo_folder: Path, device: torch.device, asked: list[bool]
+) -> None:
+    """Neither are their queries and keys, which no kernel would take then."""
+    with using("on"):
+        pipe = ZImagePipeline.from_pretrained(folder, dtype="bfloat16", device=device)
+        for block in (*pipe.transformer.noise_refiner, *pipe.transformer.context_refiner, *pipe.transformer.layers):
+            block.attention.to_v.register_forward_hook(lambda module, inputs, output: output.mT.contiguous().mT)
+        expected = drawn(pipe)
+        pipe.set_attention_backend("float8")
+        asked.clear()
+        assert torch.equal(drawn(pipe), expected)
+        small = ZImagePipeline.from_pretrained(turbo_folder, dtype="bfloat16", device=device)
+        expected = drawn(small)
+        small.transformer.attend = attend_in_float8
+        assert torch.equal(drawn(small), expected)
+        value = torch.zeros(1, 20, 2, 32, dtype=torch.bfloat16, device=device)
+        assert row_kind_of(attend_in_float8, value) == "float8"
+        with torch.enable_grad():
+            assert row_kind_of(attend_in_float8, value.requires_grad_()) is None
+    assert not asked
 
 
 def test_float32_needs_none(folder: Path, device: torch.device, asked: list[bool]) -> None:

@@ -5,6 +5,7 @@ Stand-ins take the part of Triton and of the card; tests/gpu starts the kernels 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: torch.no_grad())
 
 
+def blocks(*shape: int, dtype: torch.dtype = torch.int8) -> Any:
+    """A tensor that is described as blocks."""
+    return SimpleNamespace(base=card(dtype=dtype), block_shape=list(shape))
+
+
 CONSTANTS: dict[str, Any] = {"rows": 2, "width": 64, "num_warps": 4}
 
 
@@ -80,7 +86,7 @@ def test_the_second_launch_is_not_prepared() -> None:
     [
         {"first": card(dtype=torch.float16)}, {"first": card(address=(1 << 20) + 8)}, {"second": None},
         {"second": card(dtype=torch.int8)}, {"second": card(address=(1 << 20) + 4)}, {"count": 2**31}, {"eps": None},
-        {"rows": 4}, {"num_warps": 8}, {"width": 32},
+        {"rows": 4}, {"num_warps": 8}, {"width": 32}, {"second": blocks(64, 128)},
     ],
     ids=str,
 )  # fmt: skip
@@ -90,6 +96,13 @@ def test_what_is_compiled_for_is_prepared_again(change: dict[str, Any]) -> None:
         named = {"first": card(), "second": card(), "count": 5, "eps": 1e-5, **CONSTANTS, **given}
         launching.launch(kernel, (1, 2), *(named.pop(name) for name in ("first", "second", "count", "eps")), **named)
     assert len(kernel.prepared) == len(kernel.started) == 2
+
+
+def test_blocks_are_told_apart() -> None:
+    kernel = Kernel()
+    for second in 2 * [blocks(64, 128), blocks(128, 64), blocks(64, 128, dtype=torch.float16)]:
+        launching.launch(kernel, (1,), card(), second, 5, 1e-5, **CONSTANTS)
+    assert (len(kernel.prepared), len(kernel.started)) == (3, 3)
 
 
 def test_another_kernel_and_another_card_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:

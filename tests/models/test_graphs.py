@@ -211,6 +211,41 @@ def test_no_more_than_a_few_are_kept(turbo_folder: Path, monkeypatch: pytest.Mon
     assert recording.records == 2 * len(sides)
 
 
+def test_no_more_of_their_inputs_is_kept_than_a_bound(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recording = recorded(turbo_folder)
+    plain = load(turbo_folder)
+    monkeypatch.setattr(graphs, "KEPT_BYTES", 40_000)  # a few of these inputs
+    kept = vars(pipe.transformer)["refine"].__self__
+    for side in (64, 96, 128, 64):
+        assert torch.equal(latents(pipe, height=side), latents(plain, height=side))
+        assert 0 < kept._held() <= 40_000
+    assert recording.records > 2 * 3
+    monkeypatch.setattr(graphs, "KEPT_BYTES", 0)
+    assert torch.equal(latents(pipe, height=80), latents(plain, height=80))
+    assert len(kept._kept) == 1  # the last, whatever it holds
+
+
+def test_memory_that_runs_out_elsewhere_lets_go_of_recordings_first(
+    turbo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, _ = recorded(turbo_folder)
+    expected, own, failures = latents(pipe), pipe.autoencoder.decode, []
+    kept = vars(pipe.transformer)["refine"].__self__
+    assert kept._kept
+
+    def decode(*args: Any, **options: Any) -> Any:
+        if not failures:
+            failures.append(len(kept._kept))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not kept._kept
+        return own(*args, **options)
+
+    monkeypatch.setattr(pipe.autoencoder, "decode", decode)
+    output = pipe("a fox", height=64, width=64, num_inference_steps=1, seed=1, any_size=True)
+    assert (len(failures), output.stepped_down) == (1, ())
+    assert torch.equal(latents(pipe), expected)
+
+
 def test_gradients_and_blocks_that_pass_through_are_computed(turbo_folder: Path) -> None:
     pipe, recording = recorded(turbo_folder)
     transformer = pipe.transformer.requires_grad_(True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from ..memory.planner import check_weights
 from ..request import GenerationRequest, ResolvedRequest
+from ..rules import rounds_attention
 from ..testing.configs import SIZES
 from ..variants import Variant, get_variant
 
@@ -18,8 +19,6 @@ STAGES = ("encode", "denoise", "decode", "end-to-end")
 SIDES = ("zimage", "diffusers")
 ROUNDED = ("int8", "float8", "nf4")
 """What zimage's layers can be stored as beside diffusers' in full."""
-FLOAT8_ATTENTION = "float8"
-"""The backend of attention that rounds what it multiplies."""
 KEPT_ROUNDS = 10
 """Rounds of a result that is kept: a median of fewer moves with every disturbance."""
 PICTURES: dict[str, tuple[int, int | None]] = {
@@ -102,12 +101,12 @@ class Settings:
         """How zimage's layers are stored and multiplied, and attention if that is rounded, in words."""
         rounded = "weights and activations" if self.quantize_activations else "weights"
         words = "full" if self.weight_dtype is None else f"{rounded} in {self.weight_dtype}"
-        return f"{words}, attention in float8" if self.attention == FLOAT8_ATTENTION else words
+        return f"{words}, attention {self.attention}" if rounds_attention(self.attention) else words
 
     @property
     def is_rounded(self) -> bool:
         """Whether zimage's side computes with fewer bits than diffusers'."""
-        return self.weight_dtype is not None or self.attention == FLOAT8_ATTENTION
+        return self.weight_dtype is not None or rounds_attention(self.attention)
 
     def request(self, variant: Variant) -> GenerationRequest:
         """The picture of every round, but for its prompt and noise; checked as far as `variant` tells."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.locate import locate
-from ..models.attention import check_backend
+from ..models.attention import check_works
 from ..models.graphs import uses_graphs
 from ..models.precision import choose_dtype
 from ..models.quantized import quantized_copy
@@ -128,7 +128,6 @@ def load(settings: Settings, built: Any = None) -> tuple[ZImagePipeline, Any]:
 
     `built` is diffusers' pipeline with the random weights that `settings` name, where it is there already.
     """
-    check_backend(settings.attention)
     pipe, theirs = _load(settings, built)
     if settings.compile or settings.cuda_graphs:
         pipe.compile(cuda_graphs=settings.cuda_graphs)
@@ -141,6 +140,7 @@ def load(settings: Settings, built: Any = None) -> tuple[ZImagePipeline, Any]:
 def _load(settings: Settings, built: Any) -> tuple[ZImagePipeline, Any]:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    check_works(settings.attention, device, dtype)
     name: Any = str(dtype).removeprefix("torch.")
     if settings.model is not None and settings.only:
         pipe = ZImagePipeline.from_pretrained(settings.model, variant=settings.variant, dtype=dtype, device=device)

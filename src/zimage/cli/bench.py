@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     """Measure each stage of a picture, zimage and diffusers in turn on the same weights.
 
-    Exit code 1 if the two do not do the same work or their results differ. With --weight-dtype or --attention float8
+    Exit code 1 if the two do not do the same work or their results differ. With --weight-dtype or attention in 8 bits
     results are reported, and only those of another picture are an error.
     """
     settings = _settings(

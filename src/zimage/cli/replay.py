@@ -18,6 +18,7 @@ from ..errors import AdapterError, Cancelled, CheckpointError, RequestError
 from ..files.recipe import FILE_KEYS
 from ..memory.planner import FULL, WITH_ACTIVATIONS
 from ..memory.sizes import STORED_BYTES
+from ..rules import rounds_attention
 from ..variants import VARIANTS
 from .options import (
     CacheDir,
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from ..pipeline import ZImagePipeline
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_ROUNDING = ("float8", "sage")
-"""Backends of attention whose pictures differ by more than their last bits."""
 _MAX_THREADS = 256
 
 
@@ -178,9 +177,10 @@ def _load(
 
 def _set_attention(pipe: ZImagePipeline, recipe: Recipe) -> None:
     """Attention in 8 bits where the recipe has it and this machine too; elsewhere the replay names the difference."""
-    if recipe.runtime.get("attention") in _ROUNDING:
+    backend = recipe.runtime.get("attention", "")
+    if rounds_attention(backend):
         with suppress(RequestError):
-            pipe.set_attention_backend(recipe.runtime["attention"])
+            pipe.set_attention_backend(backend)
 
 
 def _by_name(loras: list[str] | None, recipe: Recipe) -> dict[str, str]:

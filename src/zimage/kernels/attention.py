@@ -33,23 +33,30 @@ GROUP = 16
 
 
 @fused._overridable
+def takes(value: Tensor) -> bool:
+    """Whether `attend` computes attention of such values (B, N, heads, head_dim), and of queries and keys of their
+    shape."""
+    if TensorDescriptor is None or value.ndim != 4 or not value.numel() or not value.is_contiguous():
+        return False
+    if value.dtype not in (torch.bfloat16, torch.float16) or value.shape[3] not in SIZES:
+        return False
+    if max(value.shape[0], value.shape[2]) > fused.MOST_BATCHES:
+        return False
+    return not value.is_cuda or torch.cuda.get_device_capability(value.device) == CARD
+
+
+@fused._overridable
 def attend(query: Tensor, query_scale: Tensor, key: Tensor, key_scale: Tensor, value: Tensor) -> Tensor | None:
     """`query` and `key` (B, N, heads, head_dim) in float8 e4m3, times their scales (1,), and `value` of their shape in
     half precision, which is rounded here, every channel with a scale of its own: attention in the type of `value`."""
-    if query.ndim != 4 or query.shape != key.shape or query.shape != value.shape or not query.numel():
+    if not takes(value) or query.shape != value.shape or key.shape != value.shape:
         return None
-    if query.dtype != torch.float8_e4m3fn or query.dtype != key.dtype or TensorDescriptor is None:
+    if query.dtype != torch.float8_e4m3fn or query.dtype != key.dtype:
         return None
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) != CARD:
-        return None
-    given = (query, query_scale, key, key_scale, value)
-    if any(one.device != query.device or not one.is_contiguous() for one in given):
+    given = (query, query_scale, key, key_scale)
+    if any(one.device != value.device or not one.is_contiguous() for one in given):
         return None
     batch, tokens, count, size = query.shape
-    if value.dtype not in (torch.bfloat16, torch.float16) or size not in SIZES:
-        return None
-    if max(batch, count) > fused.MOST_BATCHES:
-        return None
     width, groups = count * size, -(-tokens // GROUP)
     values = torch.empty((batch, width, groups * GROUP), dtype=query.dtype, device=query.device)
     scales = torch.empty((batch, width), device=query.device)

@@ -174,15 +174,19 @@ def _paired(weights, rows: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _mix(scores, values, top, total, mixed, factor, rows: tl.constexpr, columns: tl.constexpr):
+def _mix(scores, values, top, total, mixed, factor, is_key, rows: tl.constexpr, columns: tl.constexpr):
     """One block of keys more: its `scores` (rows, columns) and `values` (columns, size), added to the largest score,
-    the sum of weights and the sum of values of each row so far.
+    the sum of weights and the sum of values of each row so far. With `is_key` (columns,) only those are keys.
 
     Weights are powers of two of what is at most 8, which uses most of float8's range. A block's sum of products is
     added up in float32: the tensor cores' own sums of 8-bit numbers have fewer bits, and lose some with each key.
     """
+    if is_key is not None:
+        scores = tl.where(is_key[None, :], scores, -1e30)
     new = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(tl.fma(scores, factor, tl.fma(new, -factor, 8.0)[:, None]))
+    if is_key is not None:
+        weights = tl.where(is_key[None, :], weights, 0.0)  # whatever `factor` made of so small a score
     kept = tl.exp2((top - new) * factor)
     total = tl.fma(total, kept, tl.sum(weights, 1))
     block = tl.dot(_paired(weights.to(values.dtype), rows, columns), values)
@@ -225,12 +229,11 @@ def attend_heads(
     for at in tl.range(0, whole, columns, num_stages=2):
         scores = tl.dot(queries, key.load([start + at, head * size]).T)
         values = value.load([channels, at]).T
-        top, total, mixed = _mix(scores, values, top, total, mixed, factor, rows, columns)
+        top, total, mixed = _mix(scores, values, top, total, mixed, factor, None, rows, columns)
     if whole < tokens:
         scores = tl.dot(queries, key.load([start + whole, head * size]).T)
-        scores = tl.where((whole + column < tokens)[None, :], scores, -1e30)
         values = value.load([channels, whole]).T
-        top, total, mixed = _mix(scores, values, top, total, mixed, factor, rows, columns)
+        top, total, mixed = _mix(scores, values, top, total, mixed, factor, whole + column < tokens, rows, columns)
     scales = tl.load(value_scales + channels + channel)
     mixed = mixed * scales[None, :] * tl.div_rn(1.0, total)[:, None]
     tl.store(result + place, mixed.to(result.dtype.element_ty), mask=(row < tokens)[:, None])

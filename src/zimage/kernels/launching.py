@@ -50,4 +50,6 @@ def _kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if isinstance(value, int):
         return -WIDE <= value < WIDE
-    return None if value is None else type(value)  # a number, or blocks of a tensor, described as constants have them
+    if hasattr(value, "block_shape"):  # a tensor described as blocks
+        return value.base.dtype, *value.block_shape
+    return None if value is None else float

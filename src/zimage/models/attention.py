@@ -29,6 +29,7 @@ GAIN = 0.98
 _HOPPER = (9, 0)
 _ROUNDS = 7
 _TRIAL_TOKENS = 192
+_HEAD = 128
 
 
 def attend(
@@ -40,8 +41,8 @@ def attend(
     torch's: none of the others takes it.
     """
     backend = chosen or backend or _automatic(query.device, query.dtype)
-    if query.dtype == torch.float32 and backend is not None and "native" not in AttentionBackendName(backend).value:
-        backend = AttentionBackendName.NATIVE
+    if backend is not None:
+        backend = _for_type(AttentionBackendName(backend), query.dtype)
     result: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
     return result
 
@@ -56,9 +57,10 @@ def attend_in_float8(query: Rows, key: Rows, value: Tensor, *, backend: Any = No
     return attend(exact[0], exact[1], value, backend=backend)
 
 
-def row_kind_of(attend: Callable[..., Tensor]) -> str | None:
-    """What `attend` takes queries and keys in, "float8", or `None` for their own type."""
-    return FLOAT8 if attend is attend_in_float8 else None
+def row_kind_of(attend: Callable[..., Tensor], value: Tensor) -> str | None:
+    """What `attend` takes queries and keys in beside these values, "float8", or `None` for their own type."""
+    narrow = attend is attend_in_float8 and wanted(value) and run("attention.takes", value)
+    return FLOAT8 if narrow else None
 
 
 def attend_with(name: str) -> Callable[..., Tensor]:
@@ -70,26 +72,14 @@ def name_of(transformer: Any, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `transformer` computes with on `device` in `dtype`; "native" is torch's choice, "own" that of
     whoever put another function in its place."""
     given = vars(transformer).get("attend")
-    if given is attend_in_float8:
+    if given is attend_in_float8 and dtype != torch.float32 and used(device):
         return FLOAT8
-    if given is not None and not isinstance(given, partial):
+    if given not in (None, attend_in_float8) and not isinstance(given, partial):
         return "own"
     processor = next((block.attention.processor for block in transformer.layers), None)
-    backend = given.keywords["chosen"] if given is not None else getattr(processor, "_attention_backend", None)
-    backend = backend or _automatic(device, dtype) or attention_dispatch._AttentionBackendRegistry._active_backend
-    return str(AttentionBackendName(backend).value)
-
-
-def check_backend(backend: str) -> None:
-    """Raise `RequestError` unless there is such a backend, here or elsewhere, that downloads no code."""
-    names = [known.value for known in AttentionBackendName if not known.value.endswith("_hub")]
-    if isinstance(backend, str) and backend.endswith("_hub"):
-        raise RequestError(
-            f"attention backend {backend!r} runs code that it downloads, which zimage does not; install its package "
-            f"and use the backend of that ({', '.join(names)})"
-        )
-    if backend not in (AUTO, FASTEST, FLOAT8, *names):
-        raise RequestError(f"attention backend must be auto, fastest, float8, {', '.join(names)}; got {backend!r}")
+    chosen = given.keywords["chosen"] if isinstance(given, partial) else getattr(processor, "_attention_backend", None)
+    chosen = chosen or _automatic(device, dtype) or attention_dispatch._AttentionBackendRegistry._active_backend
+    return str(_for_type(AttentionBackendName(chosen), dtype).value)
 
 
 def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -99,17 +89,41 @@ def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.d
     """
     if backend == FASTEST:
         return _fastest(_inputs(tokens, heads, head_dim, device, dtype))
-    check_backend(backend)
+    names = [known.value for known in AttentionBackendName if not known.value.endswith("_hub")]
+    if isinstance(backend, str) and backend.endswith("_hub"):
+        raise RequestError(
+            f"attention backend {backend!r} runs code that it downloads, which zimage does not; install its package "
+            f"and use the backend of that ({', '.join(names)})"
+        )
+    if backend not in (FLOAT8, *names):
+        raise RequestError(f"attention backend must be auto, fastest, float8, {', '.join(names)}; got {backend!r}")
     trial = _inputs(_TRIAL_TOKENS, heads, head_dim, device, dtype)
     try:
         result = _narrow(trial) if backend == FLOAT8 else _with(backend, trial)()
         good = torch.nn.functional.cosine_similarity(result.flatten().float(), _exact(trial), dim=0).item() > GAIN
         reason = "its result is wrong"
+    except RequestError:
+        raise
     except Exception as error:  # whatever a library has to say about its absence, the device or the type
         good, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
     if not good:
-        raise RequestError(f"attention backend {backend!r} does not work on {device} in {dtype}: {reason}")
+        raise RequestError(
+            f"attention backend {backend!r} does not work on {device} in {dtype}: {reason}; leave it out"
+        )
     return backend
+
+
+def check_works(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `RequestError` for a backend that `choose` would refuse for heads as the released models have them, before
+    any of theirs is there."""
+    if backend not in (AUTO, FASTEST):
+        choose(backend, 1, 1, _HEAD, device, dtype)
+
+
+def _for_type(backend: AttentionBackendName, dtype: torch.dtype) -> AttentionBackendName:
+    """`backend`, or torch's where that takes no float32."""
+    takes = dtype != torch.float32 or "native" in backend.value
+    return backend if takes else AttentionBackendName.NATIVE
 
 
 def _in_float8(query: Quantized, key: Quantized, value: Tensor) -> Tensor | None:
@@ -131,9 +145,11 @@ def _narrow(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             mixed = _in_float8(query, key, inputs[2])
         if mixed is not None:
             return mixed
-    raise NotImplementedError(
-        "it needs a Hopper card (compute capability 9.0), Triton 3.4 or newer, bfloat16 or float16, heads of 32, 64 or "
-        "128 channels, and zimage's kernels"
+    value = inputs[2]
+    raise RequestError(
+        f"attention backend 'float8' does not work on {value.device} in {value.dtype}: it needs a Hopper card "
+        "(compute capability 9.0), Triton 3.4 or newer, bfloat16 or float16, heads of 32, 64 or 128 channels, and "
+        "zimage's kernels; leave it out"
     )
 
 

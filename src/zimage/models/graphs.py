@@ -28,8 +28,8 @@ from .transformer import Caption, Hint, ImageGrid, Modulation, ZImageTransformer
 MOST_TOKENS = 5120
 """Image and caption tokens of all pictures of a forward that is recorded: 1024 x 1024 pixels and a caption of up to
 1024. An H200 computes that as fast in float8 as a slow host launches it (docs/speed.md)."""
-KEPT = 32
-"""Recordings of a transformer: of one size two for each 32 tokens of caption."""
+KEPT, KEPT_BYTES = 32, 256 * 2**20
+"""Recordings of a transformer, of one size two for each 32 tokens of caption, and what their inputs may take."""
 
 _PLACES = ("refine", "denoise")
 _KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
@@ -116,7 +116,7 @@ class Recordings:
                 if not is_out_of_memory(error):
                     self._give_up(error)
                 return own(*args)
-            while len(self._kept) >= KEPT:
+            while self._kept and (len(self._kept) >= KEPT or self._held() + _bytes(places) > KEPT_BYTES):
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = places, *recorded
         places, replay, result = self._kept[key]
@@ -125,6 +125,9 @@ class Recordings:
             torch._foreach_copy_([place for place, _ in pairs], [one for _, one in pairs])
         replay()
         return result.clone()
+
+    def _held(self) -> int:
+        return sum(_bytes(places) for places, *_ in self._kept.values())
 
     def _give_up(self, error: Exception) -> None:
         self._gave_up = True
@@ -222,6 +225,10 @@ def _state(model: Any, parts: tuple[nn.Module, ...]) -> list[Any] | None:
                 seen += [tensor.data_ptr(), tensor.dtype]
         modules += [child for child in module._modules.values() if child is not None]
     return seen
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(one.nbytes for one in tensors)
 
 
 def _stream(device_type: str) -> Any:

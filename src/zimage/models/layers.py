@@ -19,7 +19,6 @@ from .quantized import QuantizedLinear
 from .rope import rotate
 from .rowwise import NARROW, Quantized, Rows, rounded
 
-_HALF = (torch.bfloat16, torch.float16)
 _RECORDER = "transformers.utils.output_capturing"
 """Where the hooks are made that transformers leaves on layers once their outputs were asked for, as diffusers asks;
 they act only while a model around the layer is called for that."""
@@ -114,7 +113,7 @@ def rotate_normalized(
     if wanted(query):
         weights = _weight(query_norm), _weight(key_norm)
         if weights[0] is not None and weights[1] is not None:
-            narrow = (False, *_narrow(kind)) if query.dtype in _HALF else ()
+            narrow = (False, *_narrow(kind)) if kind else ()
             fused = run("rotate_normalized", query, key, *weights, rotations, query_norm.eps, key_norm.eps, *narrow)
             if fused is not None:
                 return _rows(fused[0]), _rows(fused[1])

@@ -294,8 +294,9 @@ def _attention(attention: Any, hidden: Rows, rotations: Tensor, scale: float, at
         return project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
 
     value = heads(attention.to_v)
+    kind = row_kind_of(attend, value)
     query, key = rotate_normalized(
-        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations, row_kind_of(attend)
+        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations, kind
     )
     mixed = attend(query, key, value, backend=attention.processor._attention_backend)
     mixed = mixed.flatten(2, 3)  # (B, N, dim)
