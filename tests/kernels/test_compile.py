@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 COMPILE = """
-import os, sys
+import os, re, subprocess, sys
 os.environ.update(TRITON_INTERPRET="0", TRITON_CACHE_DIR=sys.argv[1])
 import json
 import torch, triton
@@ -106,7 +106,7 @@ def launch_text(dtype, tokens):
     return list(launches)
 
 
-def compiled(kernel, args, constants, capability):
+def compiled(kernel, args, constants, capability, what=None):
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
     signature, aligned = {}, {}
@@ -125,7 +125,17 @@ def compiled(kernel, args, constants, capability):
             signature[parameter.name] = "fp32"
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    asm = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+    return asm["ptx"] if what is None else asm[what]
+
+
+def registers(cubin):
+    path = sys.argv[1] + "/kernel.cubin"
+    with open(path, "wb") as file:
+        file.write(cubin)
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    printed = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\\d+)", printed)[1])
 
 
 report = []
@@ -156,6 +166,7 @@ for dtype in (torch.bfloat16, torch.float16):
         ptx = compiled(kernel, args, constants, 90)
         counts = (".e4m3.e4m3", "cp.async.bulk.tensor", "shfl.sync.idx", "prmt", "st.local", "cvt.rn.satfinite.e4m3x2")
         narrow.append([kernel.__name__, *(ptx.count(what) for what in counts)])
+        narrow[-1].append(registers(compiled(kernel, args, constants, 90, "cubin")))
 print(json.dumps([report, rounded, narrow]))
 """
 
@@ -185,9 +196,11 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(run_python: Callable[.
         if name not in ("scale_rows", "widen_rows"):
             assert (conversions > 0, magic > 0) == (narrow == "torch.float8_e4m3fn", narrow == "torch.int8"), name
     assert [name for name, *_ in attention] == 2 * ["rotate_heads", "narrow_values", "attend_heads"]
-    for name, products, copies, handed, picked, spilled, conversions in attention:
+    for name, products, copies, handed, picked, spilled, conversions, registers in attention:
         assert conversions >= 16, name
         assert not spilled, name
         # 8-bit products of blocks that come by themselves, of weights that stay with the thread that made them
         assert (products > 0, copies > 0) == (name == "attend_heads",) * 2, name
         assert name != "attend_heads" or (handed <= 1 and not picked), name
+        # three programs of 128 threads share the 65,536 registers of a multiprocessor
+        assert name != "attend_heads" or registers <= 168, name

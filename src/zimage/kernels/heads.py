@@ -174,19 +174,15 @@ def _paired(weights, rows: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _mix(scores, values, top, total, mixed, factor, is_key, rows: tl.constexpr, columns: tl.constexpr):
+def _mix(scores, values, top, total, mixed, factor, rows: tl.constexpr, columns: tl.constexpr):
     """One block of keys more: its `scores` (rows, columns) and `values` (columns, size), added to the largest score,
-    the sum of weights and the sum of values of each row so far. With `is_key` (columns,) only those are keys.
+    the sum of weights and the sum of values of each row so far.
 
     Weights are powers of two of what is at most 8, which uses most of float8's range. A block's sum of products is
     added up in float32: the tensor cores' own sums of 8-bit numbers have fewer bits, and lose some with each key.
     """
-    if is_key is not None:
-        scores = tl.where(is_key[None, :], scores, -1e30)
     new = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(tl.fma(scores, factor, tl.fma(new, -factor, 8.0)[:, None]))
-    if is_key is not None:
-        weights = tl.where(is_key[None, :], weights, 0.0)  # whatever `factor` made of so small a score
     kept = tl.exp2((top - new) * factor)
     total = tl.fma(total, kept, tl.sum(weights, 1))
     block = tl.dot(_paired(weights.to(values.dtype), rows, columns), values)
@@ -222,6 +218,8 @@ def attend_heads(
     place = batch.to(tl.int64) * tokens * width + head * size + row[:, None] * width + channel[None, :]
     queries = tl.load(query + place, mask=(row < tokens)[:, None], other=0.0)
     factor = factor * tl.load(query_scale) * tl.load(key_scale)
+    # At least 2⁻⁸⁰, with which all keys weigh the same but what is no key, whose score of -1e30 still weighs nothing.
+    factor = tl.where(factor < 8.271806125530277e-25, 8.271806125530277e-25, factor)
     start, channels = batch * tokens, (batch * heads + head) * size
     top, total = tl.full((rows,), -1e30, tl.float32), tl.zeros((rows,), tl.float32)
     mixed = tl.zeros((rows, size), tl.float32)
@@ -229,11 +227,12 @@ def attend_heads(
     for at in tl.range(0, whole, columns, num_stages=2):
         scores = tl.dot(queries, key.load([start + at, head * size]).T)
         values = value.load([channels, at]).T
-        top, total, mixed = _mix(scores, values, top, total, mixed, factor, None, rows, columns)
+        top, total, mixed = _mix(scores, values, top, total, mixed, factor, rows, columns)
     if whole < tokens:
         scores = tl.dot(queries, key.load([start + whole, head * size]).T)
+        scores = tl.where((whole + column < tokens)[None, :], scores, -1e30)
         values = value.load([channels, whole]).T
-        top, total, mixed = _mix(scores, values, top, total, mixed, factor, whole + column < tokens, rows, columns)
+        top, total, mixed = _mix(scores, values, top, total, mixed, factor, rows, columns)
     scales = tl.load(value_scales + channels + channel)
     mixed = mixed * scales[None, :] * tl.div_rn(1.0, total)[:, None]
     tl.store(result + place, mixed.to(result.dtype.element_ty), mask=(row < tokens)[:, None])
