@@ -21,6 +21,7 @@ from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
 
 THREADS, CALLS = 8, 4000
+pytestmark = pytest.mark.no_cover  # every line is counted in other tests; here that takes a third of the time
 TINY: dict[str, Any] = {"height": 32, "width": 32, "any_size": True, "num_inference_steps": 1}
 
 
@@ -196,7 +197,6 @@ def impatient_threads() -> Iterator[None]:
 
 
 @pytest.mark.long
-@pytest.mark.no_cover
 @pytest.mark.usefixtures("impatient_threads")
 def test_eight_threads_and_4000_calls_each_get_their_own_image(least: ZImagePipeline) -> None:
     """More prompts than the text cache holds, with and without guidance, in calls and streams."""

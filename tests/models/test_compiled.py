@@ -23,6 +23,7 @@ from zimage.models.compiled import compile_blocks, is_compiled
 from zimage.models.precision import Float32Math
 from zimage.testing import build_diffusers
 
+pytestmark = pytest.mark.no_cover  # nearly every line is counted in other tests; tracing slows torch's compiler most
 CALL: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 2, "seed": 1}
 BLOCKS = 4
 """Modulated blocks of a tiny transformer."""

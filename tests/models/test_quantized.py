@@ -19,6 +19,7 @@ from zimage.models.quantized import NF4_LEVELS, SKIPPED, QuantizedLinear, quanti
 from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
 
+pytestmark = pytest.mark.no_cover  # every line is counted in other tests; here that takes a third of the time
 KINDS = ("int8", "float8", "nf4")
 PICTURE: dict[str, Any] = {
     "height": 128, "width": 128, "any_size": True, "num_inference_steps": 3, "seed": 4, "progress": False,

@@ -24,6 +24,7 @@ from zimage.training.tokenizer import batch_of, load_tokenizer, tokens_of
 
 from .conftest import FLOW
 
+pytestmark = pytest.mark.no_cover  # every line is counted in other tests; here that takes a third of the time
 CPU = torch.device("cpu")
 STAGE = DistillationStage(
     steps=20, batch=4, scenes=16, warmup=2, learning_rate=2e-3, log_every=5, save_every=100, teacher_steps=2
