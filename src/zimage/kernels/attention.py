@@ -1,4 +1,4 @@
-"""Softmax attention of queries, keys and values in float8, summed up in float32.
+"""Softmax attention of queries, keys and values in float8, blocks of keys added up in float32.
 
 Launched as those of `fused` are, and with its rules: `None` where a kernel was not written for what is given. Queries
 and keys come from `fused.rotate_normalized`. Imported at the first use; importing it needs Triton.
