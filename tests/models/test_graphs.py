@@ -225,6 +225,25 @@ def test_no_more_of_their_inputs_is_kept_than_a_bound(turbo_folder: Path, monkey
     assert len(kept._kept) == 1  # the last, whatever it holds
 
 
+def test_inputs_of_one_shape_lie_in_one_place(turbo_folder: Path) -> None:
+    """As image tokens do beside captions of different lengths; each replay begins by writing its own there."""
+    pipe, recording = recorded(turbo_folder)
+    plain, prompts = load(turbo_folder), ["a fox", "a fox " * 30, "a cat"]
+    kept = vars(pipe.transformer)["refine"].__self__
+    for prompt in prompts * 2:
+        assert torch.equal(latents(pipe, prompt), latents(plain, prompt))
+    assert recording.records == 3  # the image alone, and beside captions of two lengths
+    denoise = [places for (name, *_), (places, *_) in kept._kept.items() if name == "denoise"]
+    assert len(denoise) == 2
+    shared = [one is other for one, other in zip(*denoise, strict=True)]
+    same = [one.shape == other.shape for one, other in zip(*denoise, strict=True)]
+    assert shared == same
+    assert (any(shared), all(shared)) == (True, False)
+    assert kept._held() < sum(one.nbytes for places, *_ in kept._kept.values() for one in places)
+    for places in denoise:
+        assert len(set(map(id, places))) == len(places)
+
+
 def test_memory_that_runs_out_elsewhere_lets_go_of_recordings_first(
     turbo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,8 @@ MOST_TOKENS = 5120
 """Image and caption tokens of all pictures of a forward that is recorded: 1024 x 1024 pixels and a caption of up to
 1024. An H200 computes that as fast in float8 as a slow host launches it (docs/speed.md)."""
 KEPT, KEPT_BYTES = 32, 256 * 2**20
-"""Recordings of a transformer, of one size two for each 32 tokens of caption, and what their inputs may take."""
+"""Recordings of a transformer, of one size two for each 32 tokens of caption, and what their inputs may take: the image
+tokens of 1024 x 1024 pixels take 30 MiB, once for all captions."""
 
 _PLACES = ("refine", "denoise")
 _KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
@@ -108,7 +109,7 @@ class Recordings:
 
     def _replayed(self, key: Any, own: Callable[..., Tensor], args: tuple[Any, ...], given: list[Tensor]) -> Tensor:
         if key not in self._kept:
-            places = [torch.empty_like(one).copy_(one) for one in given]
+            places = [self._place(number, one, key[-1]).copy_(one) for number, one in enumerate(given)]
             try:
                 recorded = self._record(partial(own, *_with_tensors(args, iter(places))))
             except Exception as error:
@@ -116,9 +117,9 @@ class Recordings:
                 if not is_out_of_memory(error):
                     self._give_up(error)
                 return own(*args)
-            while self._kept and (len(self._kept) >= KEPT or self._held() + _bytes(places) > KEPT_BYTES):
-                del self._kept[next(iter(self._kept))]
             self._kept[key] = places, *recorded
+            while len(self._kept) > 1 and (len(self._kept) > KEPT or self._held() > KEPT_BYTES):
+                del self._kept[next(iter(self._kept))]
         places, replay, result = self._kept[key]
         for dtype in {one.dtype for one in given}:  # one launch for all of a type
             pairs = [(place, one) for place, one in zip(places, given, strict=True) if one.dtype == dtype]
@@ -126,8 +127,17 @@ class Recordings:
         replay()
         return result.clone()
 
+    def _place(self, number: int, given: Tensor, stream: Any) -> Tensor:
+        """Where an input lies for a recording: with those of the same stream, of which one replays at a time, where
+        they have an input of this number and shape."""
+        for (*_, other), (places, *_) in self._kept.items():
+            place = places[number] if other == stream and number < len(places) else None
+            if place is not None and _shape(place) == _shape(given):
+                return place
+        return torch.empty_like(given)
+
     def _held(self) -> int:
-        return sum(_bytes(places) for places, *_ in self._kept.values())
+        return sum({id(one): one.nbytes for places, *_ in self._kept.values() for one in places}.values())
 
     def _give_up(self, error: Exception) -> None:
         self._gave_up = True
@@ -225,10 +235,6 @@ def _state(model: Any, parts: tuple[nn.Module, ...]) -> list[Any] | None:
                 seen += [tensor.data_ptr(), tensor.dtype]
         modules += [child for child in module._modules.values() if child is not None]
     return seen
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(one.nbytes for one in tensors)
 
 
 def _stream(device_type: str) -> Any:
