@@ -110,14 +110,13 @@ def product_row(kind: str, dtype: torch.dtype, tokens: int, rows: int, columns: 
 def attention_row(dtype: torch.dtype, tokens: int, rounds: int) -> dict[str, Any]:
     """Attention of rounded queries and keys, which rounds values, beside torch's own."""
     plain = [noise(1, tokens, HEADS, DIM // HEADS, dtype=dtype) for _ in range(3)]
-    query, key = (
-        Quantized((one / scale).to(torch.float8_e4m3fn), scale, dtype)
-        for one in plain[:2]
-        for scale in [(one.float().abs().amax() / 448).view(1)]
-    )
+    norms, angles = (norm(DIM // HEADS, dtype), norm(DIM // HEADS, dtype)), noise(1, tokens, DIM // HEADS // 2)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    narrow = layers.rotate_normalized(*norms, *plain[:2], turns, "float8")
+    assert isinstance(narrow[0], Quantized)
     times = {
         "torch": median_time(lambda: F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in plain)), rounds),
-        "fused": median_time(lambda: attend_in_float8(query, key, plain[2]), rounds),
+        "fused": median_time(lambda: attend_in_float8(*narrow, plain[2]), rounds),
     }
     return row_of("attention float8", tokens * DIM * (2 + 2 * dtype.itemsize), times)
 

@@ -41,8 +41,10 @@ SETTINGS: dict[str, Row] = {"full": {"weight_dtype": "full"}} | {
     for kind in KINDS
     for what, rounds in (("weights", False), ("weights and activations", True))
 }
-SETTINGS["float8, attention too"] = {**SETTINGS["float8, weights and activations"], "attention": True}
-SETTINGS["full, attention in float8"] = {"weight_dtype": "full", "attention": True}
+SETTINGS |= {
+    "float8, attention too": {**SETTINGS["float8, weights and activations"], "attention": True},
+    "full, attention in float8": {"weight_dtype": "full", "attention": True},
+}
 """The first is what the others are compared with."""
 SIGMAS = (0.95, 0.8, 0.5, 0.2)
 RANDOM = {"height": 256, "width": 256, "num_inference_steps": 4}

@@ -5,7 +5,6 @@ tests/kernels/test_attention.py has what it computes, there in Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,10 @@ from zimage.testing import build_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("no_grad"),
     pytest.mark.skipif(torch.cuda.get_device_capability() != attention.CARD, reason="written for Hopper's cards"),
 ]
 HEADS, SIZE = 30, 128
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,11 @@ from zimage.models.pixel_attention import attend
 from zimage.models.transformer import ZImageTransformer
 from zimage.testing import build_checkpoint, build_diffusers
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 DTYPES = ["float32", "bfloat16", "float16"]
 TOKENS, DIM, HEADS, HIDDEN = 4096 + 128, 3840, 30, 10240
 """A picture of 1024² and its caption in the released models."""
 Calls = dict[str, Callable[[], Any]]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ tests/models/test_rowwise.py and test_activations.py have the same on a CPU, whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,12 @@ from zimage.models.quantized import quantize_rows
 from zimage.models.rowwise import Quantized, has_product, multiplied, rounded
 from zimage.testing import build_checkpoint
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 TOKENS, DIM, HIDDEN = 4096 + 128, 3840, 10240
 CARDS = {"int8": (7, 5), "float8": (8, 9)}
 """Compute capability from which on a card has such products."""
 SHAPES = [(DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN)]
 PICTURE: dict[str, Any] = {"height": 512, "width": 512, "num_inference_steps": 3, "seed": 4, "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=["int8", "float8"])

@@ -135,22 +135,22 @@ def _in_float8(query: Quantized, key: Quantized, value: Tensor) -> Tensor | None
 
 def _narrow(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """In float8, or an error."""
-    query, key = (
-        Quantized((one / scale).to(NARROW[FLOAT8]), scale, one.dtype)
-        for one in inputs[:2]
-        for scale in [(one.float().abs().amax() / MOST[FLOAT8]).clamp(min=LEAST_SCALE).view(1)]
-    )
-    if used(query.values.device):
+    query, key, value = inputs
+    if used(value.device):
         with using("on"):  # what fails here is no reason to compute all else without kernels
-            mixed = _in_float8(query, key, inputs[2])
+            mixed = _in_float8(_rounded(query), _rounded(key), value)
         if mixed is not None:
             return mixed
-    value = inputs[2]
     raise RequestError(
         f"attention backend 'float8' does not work on {value.device} in {value.dtype}: it needs a Hopper card "
         "(compute capability 9.0), Triton 3.4 or newer, bfloat16 or float16, heads of 32, 64 or 128 channels, and "
         "zimage's kernels; leave it out"
     )
+
+
+def _rounded(wide: Tensor) -> Quantized:
+    scale = (wide.float().abs().amax() / MOST[FLOAT8]).clamp(min=LEAST_SCALE).view(1)
+    return Quantized((wide / scale).to(NARROW[FLOAT8]), scale, wide.dtype)
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> AttentionBackendName | None:
