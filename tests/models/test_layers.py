@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zimage.models.layers import activate, is_bare, normalize
 
@@ -46,7 +47,7 @@ ATTACH: dict[str, Callable[[nn.Module, Callable[[], None]], Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stream", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 33, 64), (2, 7, 3, 16)])
+@pytest.mark.parametrize("shape", [(1, 33, 64), (2, 7, 3, 16), (1, 5, 3840), (1, 3, 100)])
 def test_normalize_has_the_bits_of_the_norm(dtype: torch.dtype, stream: torch.dtype, shape: tuple[int, ...]) -> None:
     layer, hidden = norm(shape[-1], dtype), noise(*shape, dtype=stream)
     given, factor = hidden.clone(), noise(1, 1, shape[-1], dtype=dtype, seed=2)
@@ -104,6 +105,19 @@ def test_gradients_are_those_of_the_plain_expression() -> None:
 
     for value, reference in zip(gradients(plain=False), gradients(plain=True), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, FakeTensorMode, lambda: torch.device("meta")])
+def test_a_norm_can_be_trained_whatever_its_first_call_was_made_in(around: Callable[[], Any]) -> None:
+    width = {torch.inference_mode: 11, FakeTensorMode: 13}.get(around, 17)  # of nobody else: what is kept is made here
+    layer = RMSNorm(width, eps=1e-5)
+    with around():
+        given = torch.ones(2, width, device="cpu")
+        normalize(RMSNorm(width, eps=1e-5) if around is FakeTensorMode else layer, given)
+    hidden = noise(2, width).requires_grad_(True)
+    normalize(layer, hidden).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ unknown is called as it stands. Knows no model.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -59,19 +60,10 @@ def normalize(norm: Any, hidden: Tensor, factor: Tensor | None = None, kind: str
         fused = run("normalize", hidden, weight, factor, norm.eps, *_narrow(kind))
         if fused is not None:
             return _rows(fused)
-    return rounded(_normal(norm, hidden, factor, weight), kind)
-
-
-def _normal(norm: Any, hidden: Tensor, factor: Tensor | None, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        normal: Tensor = norm(hidden)
-        return normal if factor is None else normal * factor
-    wide = hidden.float()
-    inverse = wide.pow(2).mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
-    normal = (wide * inverse).to(weight.dtype).mul_(weight)
-    if factor is None:
-        return normal
-    return normal.mul_(factor) if factor.dtype == normal.dtype else normal * factor
+    if weight is not None:
+        return rounded(_normal(hidden, weight, norm.eps, factor), kind)
+    normal = norm(hidden)
+    return rounded(normal if factor is None else normal * factor, kind)
 
 
 def add_normalized(tokens: Tensor, norm: Any, update: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -148,6 +140,35 @@ def activate(module: Any, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         hidden = hidden.add_(bias[:, None, None])
     result = module(hidden)
     return F.silu(result, inplace=is_bare(module) and result is not hidden)
+
+
+def _normal(hidden: Tensor, weight: Tensor, eps: float, factor: Tensor | None) -> Tensor:
+    wide = hidden.float()
+    normal = wide * _inverse_root_mean_square(wide, eps)
+    if normal.dtype != weight.dtype:
+        normal = normal.to(weight.dtype)
+    normal.mul_(weight)
+    if factor is None:
+        return normal
+    return normal.mul_(factor) if factor.dtype == normal.dtype else normal * factor
+
+
+def _inverse_root_mean_square(wide: Tensor, eps: float) -> Tensor:
+    """`rsqrt(mean(wide²) + eps)` of the last axis, which stays, of size 1.
+
+    On a CPU in fewer and shorter operations with the same bits: there torch makes a mean of a sum, and of each Python
+    number a tensor that it converts, which for small models takes longer than to compute with it.
+    """
+    if torch.compiler.is_compiling() or type(wide) is not Tensor or not wide.is_cpu:
+        return wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * wide).sum(-1, keepdim=True).div_(_number(wide.shape[-1])).add_(_number(eps)).rsqrt_()
+
+
+@cache
+def _number(value: float) -> Tensor:
+    """A number that torch need not convert, good for inference and training."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _weight(norm: Any) -> Tensor | None:
