@@ -6,6 +6,7 @@ Effects are compared with diffusers running the very same callback over the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,11 @@ def test_a_callback_sees_what_it_asked_for(base: ZImagePipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-@pytest.mark.parametrize("answer", [None, {}, "what it was given"])
+@pytest.mark.parametrize("answer", [None, {}, "what it was given", "equal latents"])
 def test_a_callback_that_changes_nothing_leaves_the_bits(base: ZImagePipeline, sampler: str, answer: Any) -> None:
     def callback(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Any:
+        if answer == "equal latents":
+            return {"latents": tensors["latents"].clone()}
         return tensors if isinstance(answer, str) else answer
 
     names = list(CALLBACK_TENSORS)
@@ -157,6 +160,36 @@ def test_replaced_latents_are_where_the_next_step_starts(base: ZImagePipeline, s
     restarted = drawn(base, lambda _, step, *__: {"latents": noise} if step == 0 else None, **options)
     assert not torch.equal(restarted, drawn(base, **options))
     assert torch.isfinite(restarted).all()
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.inference_mode])
+@pytest.mark.parametrize("way", ["numpy", "data", "method"])
+def test_latents_changed_in_place_are_as_if_returned(
+    base: ZImagePipeline, way: str, around: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """To a solver too that remembers the step before, which did not lead to them; and the recipe says so."""
+
+    def halve(latents: torch.Tensor) -> None:
+        if way == "numpy":
+            latents.numpy()[...] *= 0.5
+        else:
+            (latents.data if way == "data" else latents).mul_(0.5)
+
+    def in_place(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> None:
+        if step == 1:
+            halve(tensors["latents"])
+
+    def returned(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Any:
+        return {"latents": tensors["latents"] * 0.5} if step == 1 else None
+
+    def digest(callback: Callback) -> str:
+        output = base("a fox", **SIZE, any_size=True, seed=3, sampler="dpmpp_2m", callback_on_step_end=callback)
+        assert output.images[0].recipe.given == ("latents",)
+        return pixel_digest(output.images[0])
+
+    expected = digest(returned)
+    with around():
+        assert digest(in_place) == expected
 
 
 def test_features_changed_in_place_count_for_this_call_alone(base: ZImagePipeline) -> None:

@@ -58,6 +58,15 @@ def load(folder: Path, **options: Any) -> ZImagePipeline:
     return ZImagePipeline.from_pretrained(folder, **{"dtype": "float32", "device": "cpu", **options})
 
 
+def test_pictures_of_a_generator_have_the_size_of_their_control_image(steered: ZImagePipeline) -> None:
+    small = CONTROL.resize((64, 64))
+    for generator in (torch.Generator().manual_seed(3), [torch.Generator().manual_seed(seed) for seed in (3, 4)]):
+        images = steered(["a", "b"], control_image=[small, CONTROL], generator=generator, **OPTIONS).images
+        assert [image.size for image in images] == [(64, 64), (96, 64)]
+        for image, control in zip(images, (small, CONTROL), strict=True):
+            assert steered.replay(image.recipe, control_image=control).same_bits
+
+
 def draw(pipe: ZImagePipeline, **asked: Any) -> Tensor:
     """Latents, unless another type is asked for."""
     given = {"height": 64, "width": 96, "output_type": "latent", **OPTIONS, **asked}

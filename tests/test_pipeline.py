@@ -146,6 +146,17 @@ def test_a_generator_for_each_image(turbo: ZImagePipeline, small: Options) -> No
     assert digests(output) == digests(turbo(["a", "a"], **small, seed=[3, 9]))
 
 
+def test_pictures_that_need_more_noise_than_one_draw_have_seeds_of_a_generator(turbo: ZImagePipeline) -> None:
+    """What diversity moves is drawn of the seed, so each picture has its own."""
+    options: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 1}
+    generator = torch.Generator().manual_seed(5)
+    output = turbo("a fox", **options, num_images_per_prompt=3, diversity=2.0, generator=generator)
+    seeds = [request.seed for request in output.requests]
+    assert (seeds[0], len(set(seeds))) == (5, 3)
+    assert digests(turbo("a fox", **options, num_images_per_prompt=3, diversity=2.0, seed=seeds)) == digests(output)
+    assert all(image.recipe.replayable for image in output.images)
+
+
 def test_given_latents_are_the_start(turbo: ZImagePipeline, small: Options) -> None:
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(7))
     output = turbo("a fox", **small, latents=noise)

@@ -171,6 +171,16 @@ def test_a_resolved_request_that_was_made_by_hand_is_checked() -> None:
             replace(resolved, **change).resolve(TURBO)
 
 
+def test_what_a_tensor_is_filled_with_later_is_not_of_the_request() -> None:
+    embeds, latents = EMBEDS.clone(), LATENTS.clone()
+    asked = GenerationRequest(prompt_embeds=embeds, latents=latents, height=64, width=64, any_size=True)
+    resolved = asked.resolve(BASE)
+    for tensor in (embeds, latents):
+        tensor.zero_()
+    assert torch.equal(resolved.tensors["prompt_embeds"], EMBEDS)
+    assert torch.equal(resolved.tensors["latents"][0], LATENTS)
+
+
 def test_tensors_survive_resolving_again() -> None:
     asked = GenerationRequest(
         prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS[:2], latents=LATENTS, height=64, width=64, any_size=True
@@ -182,7 +192,7 @@ def test_tensors_survive_resolving_again() -> None:
     second = first.resolve(BASE)
     assert second == first
     assert all(torch.equal(second.tensors[name], tensor) for name, tensor in first.tensors.items())
-    assert second.tensors["prompt_embeds"] is EMBEDS
+    assert torch.equal(second.tensors["prompt_embeds"], EMBEDS)
     sent = pickle.loads(pickle.dumps(first))
     assert sent == first
     assert all(torch.equal(sent.tensors[name], tensor) for name, tensor in first.tensors.items())
@@ -210,9 +220,9 @@ def test_other_noise_for_a_request() -> None:
 
 
 sides = st.integers(1, 512).map(lambda count: 16 * count)
-sigma_lists = st.lists(
-    st.floats(0, 1, exclude_min=True, allow_subnormal=False), min_size=1, max_size=20, unique=True
-).map(lambda levels: sorted(levels, reverse=True))
+sigma_lists = st.lists(st.integers(1, 10**4), min_size=1, max_size=20, unique=True).map(
+    lambda levels: [level / 10**4 for level in sorted(levels, reverse=True)]
+)
 IMAGES = ("image", "mask_image", "control_image")
 unit = st.floats(0, 1)
 strengths = st.floats(0, 50)

@@ -147,6 +147,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sigmas-above-one": ("turbo", {"sigmas": [1.5, 0.5]}, SIGMA),
     "sigmas-nan": ("turbo", {"sigmas": [1.0, NAN]}, SIGMA),
     "sigmas-ending-in-zero": ("turbo", {"sigmas": [1.0, 0.5, 0.0]}, "sigmas must not end in 0.*leave it out"),
+    "sigmas-one-in-float32": ("turbo", {"sigmas": [0.9, 0.5, 0.49999999999]}, "0.75 and 0.75, after the shift, are"),
+    "sigmas-one-by-the-shift": ("base", {"sigmas": [1.0, 0.999997]}, "1 and 0.999999.*more than a millionth apart"),
+    "sigmas-as-good-as-zero": ("turbo", {"sigmas": [0.9, 0.5, 1e-46]}, "last noise level is 3e-46.*keep sigmas.*above"),
     "sigmas-empty": ("turbo", {"sigmas": []}, "sigmas must have 1 to 1000 entries, got 0"),
     "sigmas-number": ("turbo", {"sigmas": 0.5}, "sigmas must be a list of numbers, got float 0.5"),
     "sigmas-scalar-tensor": ("turbo", {"sigmas": torch.tensor(0.5)}, "sigmas must be a list of numbers, got Tensor"),
@@ -341,7 +344,7 @@ def test_as_many_prompt_tokens_as_there_are_positions(variant: Any, length: int)
     embeds = torch.zeros(length, 2560)
     asked = GenerationRequest(prompt_embeds=embeds, max_sequence_length=length)
     resolved = asked.resolve(variant)
-    assert resolved.tensors["prompt_embeds"] is embeds
+    assert torch.equal(resolved.tensors["prompt_embeds"], embeds)
     assert resolved.max_sequence_length == length
     with pytest.raises(RequestError, match="must have 1 to 1504 tokens, got 1505"):
         GenerationRequest(prompt_embeds=torch.zeros(1505, 2560)).resolve(variant)

@@ -71,21 +71,19 @@ class StepHook:
         """
         timestep = torch.tensor(step.sigma * 1000.0, dtype=torch.float32)
         tensors, index = self._tensors(step, conditioning), self.taken + step.index
-        before = _version(step.latents)
         changes = self.callback(self.handle, index, timestep, dict(tensors))
         if self.handle._interrupt:
             raise Cancelled(f"the callback stopped the picture after step {index + 1}")
         if not isinstance(changes, Mapping | None):
             raise RequestError(f"the callback returned {shown(changes)}; it must return a dict of tensors, or None")
         answer = {**tensors, **(changes or {})}
-        latents = _changed_latents(answer.get("latents"), step.latents)
+        latents = _latents(answer.get("latents"), step.latents)
         positive = _features(answer, "prompt_embeds", conditioning.positive)
         negative = conditioning.negative
         if negative is not None:
             negative = _features(answer, "negative_prompt_embeds", negative)
-        is_other = latents is not None and not torch.equal(latents, step.latents)
         outcome = {
-            "latents": is_other or _version(step.latents) != before,
+            "latents": latents is not None,
             "prompt_embeds": positive is not conditioning.positive,
             "negative_prompt_embeds": negative is not conditioning.negative,
         }
@@ -95,7 +93,8 @@ class StepHook:
         return latents, Conditioning(positive, negative)
 
     def _tensors(self, step: SamplerStep, conditioning: Conditioning) -> dict[str, Any]:
-        """What the callback asked for. Features are copies: the run's own are shared with later pictures."""
+        """What the callback asked for: copies, so that what it changed in place is told by comparing, and features of
+        the run are shared with later pictures."""
         tensors: dict[str, Any] = {}
         for name, features in (
             ("prompt_embeds", conditioning.positive),
@@ -104,13 +103,8 @@ class StepHook:
             if name in self.names:
                 tensors[name] = [] if features is None else [features.clone()]
         if "latents" in self.names:
-            tensors["latents"] = step.latents
+            tensors["latents"] = step.latents.clone()
         return tensors
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to, where torch counts that."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def check_cancel(cancel: object) -> None:
@@ -121,8 +115,8 @@ def check_cancel(cancel: object) -> None:
         )
 
 
-def _changed_latents(latents: Any, current: Tensor) -> Tensor | None:
-    """The latents to go on with, or `None` for the current ones, which may have been changed in place."""
+def _latents(latents: Any, current: Tensor) -> Tensor | None:
+    """The latents to go on with, or `None` where they are equal to the current ones."""
     if latents is None or latents is current:
         return None
     if not isinstance(latents, Tensor) or latents.shape != current.shape:
@@ -130,7 +124,8 @@ def _changed_latents(latents: Any, current: Tensor) -> Tensor | None:
         raise RequestError(f"the callback returned latents {came}; they must be a tensor {tuple(current.shape)}")
     if not is_finite(latents):
         raise RequestError("the callback returned latents that are not finite (NaN or infinity)")
-    return latents.to(current)
+    latents = latents.to(current)
+    return None if torch.equal(latents, current) else latents
 
 
 def _features(answer: Mapping[str, Any], name: str, current: Tensor) -> Tensor:

@@ -103,10 +103,12 @@ def resolve_call(
         if name in options:
             raise RequestError(f"{name} and generator are both given; only one can start the picture, drop one")
     resolved = [resolve(one) for one in requests]
-    if resolved[0].image is not None or resolved[0].hires is not None:  # which draw more than once
+    first, shapes = resolved[0], {tuple(latent_shape(one)) for one in resolved}
+    draws_again = first.image is not None or first.hires is not None or first.diversity > 0
+    if draws_again or len(shapes) > 1:  # more draws than one of one shape, which seeds stand for
         seeds = generator_seeds(generator, len(resolved))
         return [with_noise(one, seed=seed) for one, seed in zip(resolved, seeds, strict=True)]
-    noise = generator_noise(generator, (len(resolved), *latent_shape(resolved[0])))
+    noise = generator_noise(generator, (len(resolved), *shapes.pop()))
     return [
         with_noise(one, seed=seed) if seed is not None else with_noise(one, latents=latents[None])
         for one, (seed, latents) in zip(resolved, noise, strict=True)

@@ -17,6 +17,7 @@ from .hires import Hires, resolve_hires
 from .rules import (
     MAX_SEED,
     Limits,
+    check_levels,
     check_sampler,
     integer,
     is_tensor,
@@ -121,6 +122,7 @@ class GenerationRequest:
         shift = variant.shift if shift is None else shift
         check_steps(steps, editing)
         levels = noise_levels(steps, shift, sigmas, editing.strength, editing.keep_steps)
+        check_levels(levels)
         return ResolvedRequest(
             variant=variant.name,
             height=height,

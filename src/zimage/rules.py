@@ -36,6 +36,9 @@ MIN_AREA, MAX_AREA = 256**2, 2048**2
 MAX_STEPS = 1000
 """Steps of the training schedule (`num_train_timesteps`)."""
 
+LEAST_LEVEL, NEAREST_LEVELS = 1e-12, 1e-6
+"""The last noise level at least, and the part of a level that the next is below it: eight times what float32 tells."""
+
 _LONGEST = 10**30
 """Beyond it a message does not show a number; Python refuses to write one of 4300 digits."""
 MAX_DIVERSITY = 4.0
@@ -165,6 +168,21 @@ def resolve_sigmas(sigmas: Sequence[float] | None) -> tuple[float, ...]:
     return levels
 
 
+def check_levels(levels: Sequence[float]) -> None:
+    """Raises `RequestError` where noise levels, after the shift, would be one or 0 in the float32 that steps have."""
+    if levels[-1] < LEAST_LEVEL:
+        raise RequestError(
+            f"the last noise level is {levels[-1]:.3g} after the shift, which is as good as the 0 that follows; "
+            f"keep sigmas, and strength with keep_steps, above {LEAST_LEVEL:g}"
+        )
+    for earlier, later in pairwise(levels):
+        if earlier - later < NEAREST_LEVELS * earlier:
+            raise RequestError(
+                f"noise levels {earlier:.9g} and {later:.9g}, after the shift, are one in float32; take fewer steps, "
+                "or sigmas that are more than a millionth apart"
+            )
+
+
 def resolve_steps(steps: int | None, sigmas: tuple[float, ...], variant: Variant) -> int:
     if steps is None:
         return len(sigmas) or variant.num_inference_steps
@@ -216,7 +234,8 @@ def resolve_guidance(request: GenerationRequest, variant: Variant) -> Guidance:
 
 
 def resolve_tensors(request: GenerationRequest, height: int, width: int, limits: Limits) -> Mapping[str, Tensor]:
-    """The tensors that were given, by argument name, checked for shape and values; latents with a batch axis of 1."""
+    """Copies of the tensors that were given, by argument name, checked for shape and values: whoever gave them may fill
+    them anew before the picture begins. Latents have a batch axis of 1."""
     tensors: dict[str, Tensor] = {}
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(request, name)
@@ -227,13 +246,13 @@ def resolve_tensors(request: GenerationRequest, height: int, width: int, limits:
             raise RequestError(f"{name} must be a tensor (tokens, {limits.caption_features}), got {shown(value)}")
         if not 1 <= value.shape[0] <= limits.max_sequence_length:
             raise RequestError(f"{name} must have 1 to {limits.max_sequence_length} tokens, got {value.shape[0]}")
-        tensors[name] = value
+        tensors[name] = value.detach().clone()
     if request.latents is not None:
         shape = (limits.latent_channels, height // limits.latent_scale, width // limits.latent_scale)
         finite_tensor("latents", request.latents, str(shape))
         if tuple(request.latents.shape) not in (shape, (1, *shape)):
             raise RequestError(f"latents must be {shape} for {width}x{height}, got {shown(request.latents)}")
-        tensors["latents"] = request.latents.reshape(1, *shape)
+        tensors["latents"] = request.latents.detach().clone().reshape(1, *shape)
     return tensors
 
 
