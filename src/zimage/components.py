@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from .errors import CheckpointError
-from .models.text_encoder import with_last_layer
+from .models.text_encoder import refuse_saving, with_last_layer
 from .models.transformer import PATCH, TOKEN_MULTIPLE
 from .own import KEYS, OwnRecipe
 from .rules import Limits, native_side
@@ -78,7 +78,8 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
 
 
 def to_diffusers(*, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, shift: float, own: OwnRecipe) -> Any:
-    """A diffusers `ZImagePipeline` over the same modules; the text encoder's unread last layer does nothing there.
+    """A diffusers `ZImagePipeline` over the same modules; the text encoder's unread last layer does nothing there, so
+    it cannot be saved by diffusers.
 
     It draws by its own recipe; what is the model's `own` stays in its scheduler's config.
     """
@@ -87,10 +88,12 @@ def to_diffusers(*, vae: Any, text_encoder: Any, tokenizer: Any, transformer: An
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     scheduler.register_to_config(**own.to_config())
-    return DiffusersPipeline(
+    pipeline = DiffusersPipeline(
         scheduler=scheduler,
         vae=vae,
         text_encoder=with_last_layer(text_encoder),
         tokenizer=tokenizer,
         transformer=transformer,
     )
+    pipeline.save_pretrained = refuse_saving
+    return pipeline

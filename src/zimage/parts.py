@@ -196,7 +196,10 @@ class Parts(Controlled):
         return made
 
     def to_diffusers(self) -> Any:
-        """A diffusers `ZImagePipeline` over the very modules of this one; `RequestError` if some are streamed."""
+        """A diffusers `ZImagePipeline` over the very modules of this one; `RequestError` if some are streamed.
+
+        It lacks what zimage does not load, the text encoder's last layer, so its `save_pretrained` is refused.
+        """
         self._require_resident("handed to diffusers")
         return components.to_diffusers(
             vae=self.autoencoder.vae,

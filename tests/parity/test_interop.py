@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import pytest
 import torch
 
-from zimage import CheckpointError, ZImagePipeline
+from zimage import CheckpointError, RequestError, ZImagePipeline
 
 if TYPE_CHECKING:
     from conftest import Pair, Pairs
@@ -88,6 +89,20 @@ def test_to_diffusers_of_what_came_from_diffusers(pair: Pair) -> None:
     other.set_progress_bar_config(disable=True)
     for pipeline in (other, pair.theirs, ZImagePipeline.from_diffusers(other).to_diffusers(), other):
         assert (diffusers_latents(pipeline) - original).abs().max() <= 1e-6 * original.abs().max()
+
+
+def test_what_lacks_a_layer_is_not_saved_by_diffusers(pair: Pair, tmp_path: Path) -> None:
+    """Its files would be read as those of a model with a layer less. zimage saves it whole."""
+    theirs = pair.ours.to_diffusers()
+    for owner in (theirs, theirs.text_encoder):
+        with pytest.raises(RequestError, match=r"from_diffusers\(pipeline\).save_pretrained\(folder\)"):
+            owner.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+    ZImagePipeline.from_diffusers(theirs).save_pretrained(tmp_path / "ours")
+    again = diffusers.ZImagePipeline.from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    original = diffusers_latents(pair.theirs)
+    assert (diffusers_latents(again) - original).abs().max() <= 1e-6 * original.abs().max()
 
 
 def test_there_and_back(pair: Pair) -> None:

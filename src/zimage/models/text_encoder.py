@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..errors import RequestError
 from . import qwen
 from .graphs import CUDARecorder, Record, Recordings
 from .precision import finite
@@ -124,7 +125,7 @@ def without_last_layer(model: Any) -> Qwen3Model:
     if isinstance(inner.norm, nn.Identity):
         if hasattr(vars(inner).get("forward"), "records"):
             inner = copy.copy(inner)
-            del inner.forward
+            del inner.forward, inner.save_pretrained
         return inner
     layers = list(inner.layers)[:-1]
     shared = copy.copy(inner)
@@ -149,5 +150,15 @@ def with_last_layer(model: Qwen3Model) -> Qwen3Model:
         return output
 
     forward.records = True  # type: ignore[attr-defined]
-    shared.forward = forward
+    shared.forward, shared.save_pretrained = forward, refuse_saving
     return shared
+
+
+def refuse_saving(*_args: Any, **_kwargs: Any) -> None:
+    """In place of `save_pretrained` where that would write a text encoder without its last layer, of which whoever
+    loads it would leave out the one before; raises `RequestError`."""
+    raise RequestError(
+        "the text encoder's last layer is not loaded, and without it the files would draw other pictures; save the "
+        "model by zimage: ZImagePipeline.save_pretrained, of a diffusers pipeline "
+        "ZImagePipeline.from_diffusers(pipeline).save_pretrained(folder)"
+    )
