@@ -166,7 +166,7 @@ def match(
     require_use(report, where)
     deltas: dict[str, Delta] = {}
     for group in groups:
-        parts = {part: _checked(tensors[key.name], key.name, where) for part, key in group.items()}
+        parts = {part: _checked(tensors[key.name], key, where) for part, key in group.items()}
         modules, own = _modules(group), float(parts[ALPHA].reshape(())) if ALPHA in parts else None
         down, up = (parts[part].reshape(parts[part].shape[:2]) for part in (DOWN, UP))
         magnitude = parts[MAGNITUDE].reshape(-1).chunk(len(modules)) if MAGNITUDE in parts else (None,) * len(modules)
@@ -212,8 +212,9 @@ def _misshapen(group: Group, shapes: Mapping[str, tuple[int, ...]], layers: Mapp
     return wrong
 
 
-def _checked(tensor: Tensor, name: str, where: str) -> Tensor:
-    if not tensor.is_floating_point() and tensor.numel() > 1:
+def _checked(tensor: Tensor, key: Key, where: str) -> Tensor:
+    name = key.name
+    if not tensor.is_floating_point() and key.part != ALPHA:
         raise AdapterError(f"{where}: {shown(name)} is of the type {tensor.dtype}; take a file in float16 or wider")
     if not bool(torch.isfinite(tensor).all()):
         raise AdapterError(f"{where}: {shown(name)} has values that are NaN or infinite; the file is damaged")
