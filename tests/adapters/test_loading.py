@@ -176,7 +176,29 @@ def test_values_that_are_not_finite_are_refused(
     tensors = {"lora_A.weight": down, "lora_B.weight": up, "alpha": torch.tensor(2.0)}
     tensors[part].view(-1)[-1] = value
     file = write_lora({f"layers.0.attention.to_q.{name}": tensor for name, tensor in tensors.items()})
-    with pytest.raises(AdapterError, match=f"{part}' has values that are NaN or infinite"):
+    with pytest.raises(AdapterError, match=f"{part}' has values that are NaN, or infinite in float32"):
+        read(file, layers)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("alpha", 1e300, "alpha' has values that are NaN, or infinite in float32"),
+        ("lora_B.weight", -1e39, "lora_B.weight' has values that are NaN, or infinite in float32"),
+        ("alpha", 3e38, r"lora_A.weight' is not finite in float32 once it is multiplied by alpha / rank, 7.5e\+37"),
+    ],
+)
+def test_what_is_not_finite_once_it_is_scaled_is_refused(
+    part: str, value: float, said: str, layers: Layers, write_lora: WriteLora
+) -> None:
+    tensors = {
+        "lora_A.weight": torch.full((4, 64), 9.0),
+        "lora_B.weight": torch.ones(64, 4),
+        "alpha": torch.tensor(2.0),
+    }
+    tensors[part] = torch.full_like(tensors[part], value, dtype=torch.float64)
+    file = write_lora({f"layers.0.attention.to_q.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(AdapterError, match=said):
         read(file, layers)
 
 
