@@ -92,6 +92,8 @@ class Adapted(Placed):
         called = adapter_name(PurePath(place.name).stem[:64].strip() if name is None else name)
         remembered = place.name if place.hub else runtime.portable_path(place.file)
         adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
+        for notice in notices:  # first, because warnings may be errors
+            warnings.warn(notice, ZImageWarning, stacklevel=2)
         with self._turn:
             try:
                 self._attachments.attach(called, adapter)
@@ -104,8 +106,6 @@ class Adapted(Placed):
                     raise NotEnoughMemory(f"memory ran out while the adapter {called!r} was loaded") from error
                 raise
             self._strengths[called] = value
-        for notice in notices:
-            warnings.warn(notice, ZImageWarning, stacklevel=2)
         return adapter.report
 
     def set_adapters(
