@@ -144,7 +144,8 @@ class Adapted(Placed):
         """Write a loaded adapter to a .safetensors file, or into a folder that exists; returns the file.
 
         `naming` is "peft", as diffusers writes and reads it, or "comfyui". Written whole or not at all; a file that
-        exists is an error without `overwrite`.
+        exists is an error without `overwrite`. For ComfyUI the file in a folder is called as the adapter is, so a name
+        that leads out of it, such as "../ink", is a `RequestError`.
         """
         with self._turn:
             self._attachments.require([name])
