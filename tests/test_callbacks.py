@@ -5,6 +5,7 @@ Effects are compared with diffusers running the very same callback over the same
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from zimage import Cancelled, RequestError, ZImagePipeline
-from zimage.callbacks import CALLBACK_TENSORS
+from zimage.callbacks import CALLBACK_TENSORS, PipelineHandle
 from zimage.files.recipe import pixel_digest
 
 from .conftest import CountForwards
@@ -277,6 +278,15 @@ def test_a_callback_can_stop_its_own_call(base: ZImagePipeline, stop: str, count
     assert (len(handles), forwards["evaluation"]) == (2, 4)
     assert not base._interrupt
     assert torch.equal(drawn(base, lambda *_: None), before)
+
+
+def test_what_a_callback_is_given_can_be_copied(base: ZImagePipeline) -> None:
+    handle = copy.copy(PipelineHandle(base))
+    handle.cancel()
+    assert handle.transformer is base.transformer
+    assert (handle._interrupt, base._interrupt) == (True, False)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = handle.nothing
 
 
 def test_the_pipeline_itself_is_not_stopped(base: ZImagePipeline) -> None:

@@ -19,7 +19,7 @@ def make(handover: float, steps: int = 50, turbo_steps: int = 8, **options: obje
     )
 
 
-@pytest.mark.parametrize("handover", [0.999, 0.95, 0.9, 0.83, 0.5, 0.1, 0.001])
+@pytest.mark.parametrize("handover", [0.999, 0.95, 0.9, 0.83, 0.5, 0.1, 0.001, 1.1e-5])
 def test_the_parts_meet_at_the_handover_and_nothing_is_lost(handover: float) -> None:
     base, turbo = make(handover).levels
     assert base[-1] == turbo[0] == torch.tensor(handover)
@@ -63,7 +63,17 @@ def test_both_are_asked_for_one_picture() -> None:
             replace(request, turbo=replace(request.turbo, **change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("handover", "said"), [(1.0, "base part"), (0.0, "Turbo part"), (1.5, "handover must be")])
+@pytest.mark.parametrize(
+    ("handover", "said"),
+    [
+        (1.0, "base part"),
+        (0.999995, "base part"),
+        (0.0, "Turbo part"),
+        (1e-50, "Turbo part"),
+        (9e-6, r"Turbo part has no step: .* the handover is 9e-06; choose one between, more than 1e-05 from"),
+        (1.5, "handover must be"),
+    ],
+)
 def test_a_part_without_steps_is_refused(handover: float, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         _ = make(handover).levels

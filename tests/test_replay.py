@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_every_option_of_a_request_is_replayed(base: ZImagePipeline, small: dict
     file = io.BytesIO()
     image.save(file, "PNG")
     assert base.replay(read_recipe(file)).same_bits
+
+
+def test_a_model_that_takes_more_is_replayed_and_one_that_takes_less_refuses(
+    turbo: ZImagePipeline, turbo_folder: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    wide = shutil.copytree(turbo_folder, tmp_path / "wide")
+    config = wide / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "axes_lens": [4096, 2048, 2048]}))
+    pipe = ZImagePipeline.from_pretrained(wide, dtype="float32", device="cpu")
+    pipe("a fox", **small, seed=7, max_sequence_length=2000).images[0].save(tmp_path / "long.png")
+    assert pipe.replay(tmp_path / "long.png").same_bits
+    with pytest.raises(RequestError, match="max_sequence_length must be a whole number from 1 to 1504, got 2000"):
+        turbo.replay(tmp_path / "long.png")
+    with pytest.raises(RequestError, match="height must be a whole number from 1 to 8192, got 16384"):
+        turbo.replay(with_recipe(tmp_path / "long.png", lambda document: document["request"].update(height=16384)))
 
 
 def test_altered_pixels_are_not_the_same(turbo: ZImagePipeline, saved: Path) -> None:

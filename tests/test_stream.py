@@ -185,3 +185,14 @@ def test_the_image_carries_its_recipe_unless_told_otherwise(turbo: ZImagePipelin
     assert last.image.recipe.pixels == pixel_digest(last.image)
     *_, last = turbo.stream(asked(), embed_recipe=False)
     assert last.image.recipe is None
+
+
+def test_a_backend_that_is_set_meanwhile_is_named_beside_the_first(own_turbo: ZImagePipeline) -> None:
+    steps = own_turbo.stream(asked())
+    next(steps)
+    own_turbo.set_attention_backend("_native_math")
+    *_, last = steps
+    assert last.image.recipe.runtime["attention"] == "native, then _native_math"
+    assert own_turbo.replay(last.image.recipe).differences == (
+        "attention was native, then _native_math, here it is _native_math",
+    )

@@ -92,6 +92,8 @@ class Adapted(Placed):
         called = adapter_name(PurePath(place.name).stem[:64].strip() if name is None else name)
         remembered = place.name if place.hub else runtime.portable_path(place.file)
         adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
+        for notice in notices:  # first, because warnings may be errors
+            warnings.warn(notice, ZImageWarning, stacklevel=2)
         with self._turn:
             try:
                 self._attachments.attach(called, adapter)
@@ -104,8 +106,6 @@ class Adapted(Placed):
                     raise NotEnoughMemory(f"memory ran out while the adapter {called!r} was loaded") from error
                 raise
             self._strengths[called] = value
-        for notice in notices:
-            warnings.warn(notice, ZImageWarning, stacklevel=2)
         return adapter.report
 
     def set_adapters(
@@ -144,7 +144,8 @@ class Adapted(Placed):
         """Write a loaded adapter to a .safetensors file, or into a folder that exists; returns the file.
 
         `naming` is "peft", as diffusers writes and reads it, or "comfyui". Written whole or not at all; a file that
-        exists is an error without `overwrite`.
+        exists is an error without `overwrite`. For ComfyUI the file in a folder is called as the adapter is, so a name
+        that leads out of it, such as "../ink", is a `RequestError`.
         """
         with self._turn:
             self._attachments.require([name])

@@ -25,6 +25,8 @@ class PipelineHandle:
     """The pipeline as one call's callback sees it: it reads like the pipeline, and setting `_interrupt = True` or
     calling `cancel()` stops this call alone."""
 
+    _pipeline: Any = None  # `copy` asks for attributes before there are any
+
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._interrupt = False

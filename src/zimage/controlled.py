@@ -28,6 +28,8 @@ class Chosen(NamedTuple):
 
     adapters: Picked
     controlnet: ControlNet | None
+    attention: str
+    """What attention runs with as the picture begins; with another from some step on, the recipe names both."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -125,7 +127,7 @@ class Controlled(Adapted):
                 "control_image needs a ControlNet and none is loaded; load one with pipe.load_controlnet(...), or "
                 "leave control_image out"
             )
-        return Chosen(self._attachments.pick(request.adapters), loaded)
+        return Chosen(self._attachments.pick(request.adapters), loaded, self.attention_backend)
 
     def _require_adapters(self, recipe: Recipe) -> None:
         """Raises `AdapterError` where a recipe's adapters or its ControlNet are not loaded, or are others."""

@@ -69,13 +69,14 @@ class RelayRequest:
         """The noise levels of both parts; raises `RequestError` where one of them has no step."""
         handover = check_handover(self.handover)
         above, below = schedule(self.base), schedule(self.turbo)
-        for model, usable in (("base", above.max() > handover + APART), ("Turbo", 0 < handover < 1)):
-            if not usable:
+        levels = Levels(levels_down_to(above, handover), levels_from(below, handover))
+        for model, part in zip(("base", "Turbo"), levels, strict=True):
+            if len(part) < 2:
                 raise RequestError(
-                    f"the relay's {model} part has no step: its noise levels go from {above.max():.3g} to 0 and the "
-                    f"handover is {handover:g}; choose one between"
+                    f"the relay's {model} part has no step: the noise levels go from {above.max():.3g} to 0 and the "
+                    f"handover is {handover:g}; choose one between, more than {APART:g} from both"
                 )
-        return Levels(levels_down_to(above, handover), levels_from(below, handover))
+        return levels
 
     @property
     def steps(self) -> int:

@@ -88,7 +88,7 @@ class Recorded(Previewing):
                 strip_levels,
                 self.weights,
                 activations=self.activations,
-                attention=self.attention_backend,
+                attention=", then ".join(dict.fromkeys((chosen.attention, self.attention_backend))),
                 compiled=self.compiled,
             ),
             pixels=pixel_digest(image),

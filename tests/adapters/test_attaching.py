@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zimage import AdapterReport, ZImagePipeline
+from zimage import AdapterReport, ZImagePipeline, ZImageWarning
 from zimage.adapters.layers import AdaptedLayer
 from zimage.errors import AdapterError, RequestError
 
@@ -176,14 +177,24 @@ def test_memory_that_runs_out_while_loading_leaves_no_trace(
 
 
 def test_unmatched_keys_are_warned_of(pipe: ZImagePipeline, write_lora: WriteLora) -> None:
-    from zimage import ZImageWarning
-
     tensors = of_layer("layers.0.attention.to_q", torch.ones(4, 64))
     with pytest.warns(ZImageWarning, match="act; 1 are of no layer or part that is known, such as 'what.is.this'"):
         report = pipe.load_adapter(write_lora({**tensors, "what.is.this": torch.ones(1)}))
     assert report.unmatched == ("what.is.this",)
     with pytest.warns(ZImageWarning, match="was trained for base, as its metadata says"):
         pipe.load_adapter(write_lora(tensors, {"ss_base_model_version": "z-image-base"}), "for base")
+
+
+def test_a_warning_that_is_an_error_leaves_no_trace(
+    pipe: ZImagePipeline, write_lora: WriteLora, checksum: Checksum
+) -> None:
+    before = checksum(pipe)
+    file = write_lora({**of_layer("layers.0.attention.to_q", torch.ones(4, 64)), "what.is.this": torch.ones(1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZImageWarning, match=r"such as 'what\.is\.this'"):
+            pipe.load_adapter(file)
+    assert (pipe.adapters, checksum(pipe)) == ({}, before)
 
 
 def test_two_add_up(

@@ -176,7 +176,29 @@ def test_values_that_are_not_finite_are_refused(
     tensors = {"lora_A.weight": down, "lora_B.weight": up, "alpha": torch.tensor(2.0)}
     tensors[part].view(-1)[-1] = value
     file = write_lora({f"layers.0.attention.to_q.{name}": tensor for name, tensor in tensors.items()})
-    with pytest.raises(AdapterError, match=f"{part}' has values that are NaN or infinite"):
+    with pytest.raises(AdapterError, match=f"{part}' has values that are NaN, or infinite in float32"):
+        read(file, layers)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("alpha", 1e300, "alpha' has values that are NaN, or infinite in float32"),
+        ("lora_B.weight", -1e39, "lora_B.weight' has values that are NaN, or infinite in float32"),
+        ("alpha", 3e38, r"lora_A.weight' is not finite in float32 once it is multiplied by alpha / rank, 7.5e\+37"),
+    ],
+)
+def test_what_is_not_finite_once_it_is_scaled_is_refused(
+    part: str, value: float, said: str, layers: Layers, write_lora: WriteLora
+) -> None:
+    tensors = {
+        "lora_A.weight": torch.full((4, 64), 9.0),
+        "lora_B.weight": torch.ones(64, 4),
+        "alpha": torch.tensor(2.0),
+    }
+    tensors[part] = torch.full_like(tensors[part], value, dtype=torch.float64)
+    file = write_lora({f"layers.0.attention.to_q.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(AdapterError, match=said):
         read(file, layers)
 
 
@@ -195,10 +217,27 @@ def test_damaged_files_are_refused(ink: Path, layers: Layers, tmp_path: Path) ->
             read(file, layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_alpha_may_be_a_whole_number(
+    dtype: torch.dtype, reference: Reference, layers: Layers, write_lora: WriteLora
+) -> None:
+    """As kohya's scripts write it where the option is one."""
+    stem, (down, up) = "lora_unet_layers_0_attention_to_q", reference["layers.0.attention.to_q"]
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    adapter = read(write_lora({**tensors, f"{stem}.alpha": torch.tensor(3, dtype=dtype)}), layers)
+    assert adapter.deltas["layers.0.attention.to_q"].scale == 3 / len(down)
+
+
 def test_other_types_are_refused(layers: Layers, write_lora: WriteLora) -> None:
-    file = write_lora({"layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 64, dtype=torch.int8)})
-    with pytest.raises(AdapterError, match="is of the type I8; LoRAs are read in F64, F32, F16, BF16"):
+    stem = "layers.0.attention.to_q"
+    file = write_lora({f"{stem}.lora_A.weight": torch.zeros(4, 64, dtype=torch.int8)})
+    with pytest.raises(AdapterError, match="of the type I8; LoRAs are read in F64, F32, F16, BF16, only alpha may be"):
         read(file, layers)
+    with pytest.raises(AdapterError, match="alpha' is of the type BOOL"):
+        read(write_lora({f"{stem}.alpha": torch.tensor(True)}), layers)
+    one = {f"{stem}.lora_A.weight": torch.ones(1, 1, dtype=torch.int8), f"{stem}.lora_B.weight": torch.ones(1, 1)}
+    with pytest.raises(AdapterError, match=r"lora_A.weight' is of the type torch\.int8; take a file in float16"):
+        read(write_lora(one), {stem: (1, 1)})
 
 
 def test_metadata_of_another_architecture_is_an_error(

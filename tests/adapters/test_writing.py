@@ -89,6 +89,8 @@ def test_comfyui_has_the_published_names(pipe: ZImagePipeline, ink: Path, tmp_pa
 
 
 def test_what_cannot_be_saved_is_refused(pipe: ZImagePipeline, ink: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
     pipe.load_adapter(ink)
     with pytest.raises(RequestError, match="what is written needs a path, got None"):
         pipe.save_adapter(None, "ink")  # type: ignore[arg-type]
@@ -98,6 +100,13 @@ def test_what_cannot_be_saved_is_refused(pipe: ZImagePipeline, ink: Path, tmp_pa
         pipe.save_adapter(tmp_path / "none", "ink")
     with pytest.raises(AdapterError, match="no adapter named 'inc'"):
         pipe.save_adapter(tmp_path, "inc")
+    for name in ("../escaped", "/escaped", "a\\b", "C:b", "..", "."):
+        pipe.load_adapter(ink, name)
+        with pytest.raises(RequestError, match="cannot be that of a file in a folder; say the file"):
+            pipe.save_adapter(folder, name, naming="comfyui")
+        assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+        assert pipe.save_adapter(tmp_path / "said.safetensors", name, naming="comfyui").is_file()
+        (tmp_path / "said.safetensors").unlink()
     file = pipe.save_adapter(tmp_path, "ink")
     content = file.read_bytes()
     with pytest.raises(FileError, match="exists already"):

@@ -13,9 +13,10 @@ from PIL import Image
 from zimage.editing import SourceImage
 from zimage.errors import RequestError
 from zimage.files.parameters import parameters_text
-from zimage.files.recipe import MAX_CHARACTERS, Recipe, differences, pixel_digest
+from zimage.files.recipe import LIMITS, MAX_CHARACTERS, Recipe, differences, pixel_digest
 from zimage.hires import Hires
 from zimage.request import GenerationRequest, ResolvedRequest
+from zimage.rules import Limits
 from zimage.variants import BASE, TURBO, VARIANTS
 
 MODEL = {"source": "Tongyi-MAI/Z-Image", "revision": "abc", "variant": "base", "fingerprint": "f1"}
@@ -64,6 +65,13 @@ def test_json_gives_the_same_recipe_back(asked: dict[str, Any]) -> None:
     assert again.to_json() == recipe.to_json()
     assert again.replayable
     assert isinstance(again.request.sigmas, tuple)
+
+
+def test_a_recipe_of_a_model_that_takes_more_is_read_back() -> None:
+    limits = Limits(max_side=32768, max_sequence_length=4064)
+    asked = GenerationRequest("a fox", seed=7, height=10000, width=16, max_sequence_length=2000, hires=2, any_size=True)
+    recipe = Recipe(asked.resolve(BASE, limits=limits), MODEL, RUNTIME, PIXELS)
+    assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 @pytest.mark.parametrize(
@@ -242,8 +250,10 @@ def test_tensors_are_named_not_kept() -> None:
         (altered("request", seed=-1), "seed must be"),
         (altered("request", seed=2**32), "seed must be"),
         (altered("request", height=True), "height is of the wrong type"),
-        (altered("request", width=8208), "width must be"),
+        (altered("request", width=2**20 + 16), "width must be"),
         (altered("request", width=1000), "multiple of 16"),
+        (altered("request", max_sequence_length=2**16 + 1), "max_sequence_length must be"),
+        (altered("request", hires={"scale": 9, "strength": 0.5, "upscale": "pixels"}), "its scale must be"),
         (altered("request", guidance_scale=float("nan")), "NaN is not JSON"),
         (altered("request").replace('"guidance_scale": 4.0', '"guidance_scale": 1e999'), "guidance_scale must be"),
         (altered("request", guidance_scale=10**400), "guidance_scale must be"),
@@ -294,7 +304,7 @@ def test_any_change_gives_a_recipe_or_a_request_error(data: st.DataObject) -> No
         return
     assert Recipe.from_json(recipe.to_json()) == recipe
     request = recipe.request
-    assert request.resolve(VARIANTS[request.variant], shift=request.shift) == request
+    assert request.resolve(VARIANTS[request.variant], shift=request.shift, limits=LIMITS) == request
 
 
 @pytest.mark.parametrize("runtime", [{"threads": 4}, {1: "x"}, ["torch"]])

@@ -166,12 +166,18 @@ def match(
     require_use(report, where)
     deltas: dict[str, Delta] = {}
     for group in groups:
-        parts = {part: _checked(tensors[key.name], key.name, where) for part, key in group.items()}
+        parts = {part: _checked(tensors[key.name], key, where) for part, key in group.items()}
         modules, own = _modules(group), float(parts[ALPHA].reshape(())) if ALPHA in parts else None
         down, up = (parts[part].reshape(parts[part].shape[:2]) for part in (DOWN, UP))
         magnitude = parts[MAGNITUDE].reshape(-1).chunk(len(modules)) if MAGNITUDE in parts else (None,) * len(modules)
         for module, rows, lengths in zip(modules, up.chunk(len(modules)), magnitude, strict=True):
-            deltas[module] = Delta(down, rows, (scaling or Scaling()).factor(module, own, len(down)), lengths)
+            scale = (scaling or Scaling()).factor(module, own, len(down))
+            if not bool(torch.isfinite(down.float() * scale).all()):
+                raise AdapterError(
+                    f"{where}: {shown(group[DOWN].name)} is not finite in float32 once it is multiplied by "
+                    f"alpha / rank, {scale:g}; the file is damaged"
+                )
+            deltas[module] = Delta(down, rows, scale, lengths)
     return dict(sorted(deltas.items())), report
 
 
@@ -212,9 +218,11 @@ def _misshapen(group: Group, shapes: Mapping[str, tuple[int, ...]], layers: Mapp
     return wrong
 
 
-def _checked(tensor: Tensor, name: str, where: str) -> Tensor:
-    if not tensor.is_floating_point() and tensor.numel() > 1:
-        raise AdapterError(f"{where}: {shown(name)} is of the type {tensor.dtype}; take a file in float16 or wider")
-    if not bool(torch.isfinite(tensor).all()):
-        raise AdapterError(f"{where}: {shown(name)} has values that are NaN or infinite; the file is damaged")
+def _checked(tensor: Tensor, key: Key, where: str) -> Tensor:
+    if not tensor.is_floating_point() and key.part != ALPHA:
+        raise AdapterError(f"{where}: {shown(key.name)} is of the type {tensor.dtype}; take a file in float16 or wider")
+    if not bool(torch.isfinite(tensor.float()).all()):  # adapters are computed in float32 and less
+        raise AdapterError(
+            f"{where}: {shown(key.name)} has values that are NaN, or infinite in float32; the file is damaged"
+        )
     return tensor

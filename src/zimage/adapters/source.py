@@ -6,6 +6,7 @@ Only safetensors is read. Every failure is an `AdapterError`. Knows no layers an
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ METADATA_CONFIG = "lora_adapter_metadata"
 """Where diffusers keeps the same in the file, with "transformer." before each name."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+"""Of single numbers: some trainers write alpha so."""
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/([\w./ -]{1,200}\.safetensors))?", re.ASCII)
 _PLAIN = re.compile(r"\^?[\w.-]{1,200}\$?", re.ASCII)
 
@@ -169,9 +172,11 @@ def _require_safetensors(name: str) -> None:
 
 def _read(file: Any, entry: Entry, name: str, header: Header) -> tuple[Tensor, Any]:
     """A tensor in memory of its own, aligned as torch aligns, and its bytes."""
-    if entry.dtype not in _DTYPES:
+    types = _DTYPES | _WHOLE if math.prod(entry.shape) == 1 else _DTYPES
+    if entry.dtype not in types:
         raise AdapterError(
-            f"{header.path}: {shown(name)} is of the type {entry.dtype}; LoRAs are read in {', '.join(_DTYPES)}"
+            f"{header.path}: {shown(name)} is of the type {entry.dtype}; LoRAs are read in {', '.join(_DTYPES)}, only "
+            "alpha may be a whole number"
         )
     raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
     content = view = memoryview(raw.numpy())  # type: ignore[arg-type]
@@ -180,7 +185,7 @@ def _read(file: Any, entry: Entry, name: str, header: Header) -> tuple[Tensor, A
         if not count:
             raise AdapterError(f"{header.path} became shorter while it was read; load it again when it is whole")
         view = view[count:]
-    return raw.view(_DTYPES[entry.dtype]).view(entry.shape), content
+    return raw.view(types[entry.dtype]).view(entry.shape), content
 
 
 def _config(place: Place, beside: bytes | None, metadata: Mapping[str, str]) -> dict[str, Any]:

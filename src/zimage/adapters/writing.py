@@ -6,6 +6,7 @@ Values are those that were read, in their own type. Knows no model.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from .adapter import Adapter
 from .naming import published
 from .source import NAMES
 
+_NO_FILE = re.compile(r"\.{0,2}|.*[/\\:\0].*", re.DOTALL)
+"""Names that lead out of a folder on some system, or are none."""
 _HALVES = {"peft": ("lora_A", "lora_B"), "comfyui": ("lora_down", "lora_up")}
 
 
@@ -28,18 +31,27 @@ def save_adapter(
     """Write `adapter` to the file `target`, or into the folder `target`; returns the file.
 
     In a folder it has the name that diffusers looks for, for ComfyUI that of the adapter. Raises `RequestError` for
-    another `naming`, and `FileError` where the file cannot be written or exists.
+    another `naming` and a name that no file can have, and `FileError` where the file cannot be written or exists.
     """
     if naming not in _HALVES:
         raise RequestError(f"naming must be {' or '.join(map(repr, _HALVES))}, got {naming!r}")
     path = target_path(target)
     if path.is_dir():
-        path = path / (NAMES[0] if naming == "peft" else f"{name}.safetensors")
+        path = path / (NAMES[0] if naming == "peft" else f"{_file_stem(name)}.safetensors")
     if path.suffix != ".safetensors":
         raise RequestError(f"an adapter is saved as a .safetensors file or into a folder that exists, got {path}")
     content = save(_tensors(adapter, naming), {"format": "pt"})
     write_atomically(path, lambda file: file.write(content), overwrite=overwrite)
     return path
+
+
+def _file_stem(name: str) -> str:
+    if _NO_FILE.fullmatch(name):
+        raise RequestError(
+            f"the adapter's name, {name!r}, cannot be that of a file in a folder; say the file, "
+            "save_adapter('name.safetensors', ...), or load the adapter under another name"
+        )
+    return name
 
 
 def _tensors(adapter: Adapter, naming: str) -> dict[str, Tensor]:

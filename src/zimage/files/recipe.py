@@ -16,7 +16,7 @@ from ..editing import SourceImage
 from ..errors import RequestError
 from ..hires import OPTIONS, Hires
 from ..request import ResolvedRequest
-from ..rules import integer, is_unicode, shown
+from ..rules import Limits, integer, is_unicode, shown
 from ..variants import get_variant
 from .relayed import check_relay, turbo_document
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the JSON; counted up whenever a reader of the previous one would misread it."""
 MAX_CHARACTERS = 2**20
-"""Longest JSON that is read: a prompt of 1504 tokens and 1000 sigmas need under a tenth."""
+"""Longest JSON that is read: a prompt of 1504 tokens, the released models' most, and 1000 sigmas need under a tenth."""
 FILE_KEYS = ("transformer", "text_encoder", "vae")
 MODEL_KEYS = ("source", "revision", "variant", "fingerprint", *FILE_KEYS)
 IMAGE_NAMES = ("image", "mask_image", "control_image")
@@ -36,6 +36,8 @@ TENSOR_NAMES = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _PARTS = ("format", "request", "given", "model", "runtime", "pixels")
 _FILES = ("adapters", "controlnet")
 _OPTIONAL = (*_FILES, "relay")
+LIMITS = Limits(max_side=2**20, max_sequence_length=2**16)
+"""No checkpoint that is read takes more; whoever follows a recipe resolves it again, with the limits of its model."""
 _MAX_TEXT, _MAX_ENTRIES = 4096, 64
 _MAX_SHIFT = 1000.0
 MAX_IMAGE_SIDE = 2**26
@@ -262,7 +264,7 @@ def _read_request(document: Any) -> ResolvedRequest:
         _exact_keys("hires", document["hires"], OPTIONS)
         known["hires"] = Hires(**document["hires"])
     request = ResolvedRequest(**known)
-    return request.resolve(get_variant(request.variant), shift=request.shift)
+    return request.resolve(get_variant(request.variant), shift=request.shift, limits=LIMITS)
 
 
 def _images(request: ResolvedRequest) -> dict[str, SourceImage | None]:
