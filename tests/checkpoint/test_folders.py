@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage import RequestError
+from zimage import CheckpointError, RequestError
 from zimage.checkpoint.folders import whole_or_nothing
 
 
@@ -44,6 +44,24 @@ def test_a_checkpoint_is_replaced_only_when_that_is_meant(tmp_path: Path) -> Non
     with whole_or_nothing(target, overwrite=True) as partial:
         (partial / "weights").write_text("new")
     assert {file.name for file in tmp_path.rglob("*")} == {"model", "weights"}
+
+
+def test_folders_that_were_made_for_it_go_with_what_fails(tmp_path: Path) -> None:
+    """And no others: neither what was there, nor what somebody else has put something into meanwhile."""
+    (tmp_path / "was").mkdir()
+
+    def fail(target: Path, error: Exception, beside: Path | None = None) -> None:
+        with whole_or_nothing(target) as partial:
+            (partial / "weights").write_text("new")
+            if beside is not None:
+                beside.write_text("other")
+            raise error
+
+    with pytest.raises(CheckpointError, match="model cannot be written: No space left"):
+        fail(tmp_path / "was" / "new" / "sub" / "model", OSError(28, "No space left on device"))
+    with pytest.raises(KeyError):
+        fail(tmp_path / "shared" / "sub" / "model", KeyError(), tmp_path / "shared" / "file")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["shared", "shared/file", "was"]
 
 
 def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
