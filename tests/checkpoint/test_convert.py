@@ -286,6 +286,12 @@ def test_what_is_there_stays_unless_it_may_be_replaced(target: str, tiny: Path, 
         assert content(tmp_path / "mine") == {"letter.txt": b"dear"}
 
 
+def test_of_a_mount_point_it_is_not_said_that_it_could_be_replaced(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(copy))
+    with pytest.raises(RequestError, match=r"copy is a mount point, .*such as .*/model$"):
+        convert_checkpoint(copy, copy)
+
+
 def content(path: Path) -> dict[str, bytes]:
     files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
     return {one.name: one.read_bytes() for one in files}

@@ -64,6 +64,37 @@ def test_folders_that_were_made_for_it_go_with_what_fails(tmp_path: Path) -> Non
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["shared", "shared/file", "was"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_stays_and_the_empty_folder_behind_it_is_written(tmp_path: Path, overwrite: bool) -> None:
+    link = tmp_path / "link"
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    link.symlink_to(tmp_path / "disk" / "empty")
+    with whole_or_nothing(link, overwrite=overwrite) as partial:
+        assert partial.parent == tmp_path / "disk"
+        (partial / "weights").write_text("new")
+    assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["empty", "weights"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["volume", "link"])
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, name: str
+) -> None:
+    """Nothing can be renamed to it. For a link to one `ismount` is False."""
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path / "volume"))
+    with (
+        pytest.raises(RequestError, match=rf"{name} is a mount point, .*such as .*{name}/model$"),
+        whole_or_nothing(tmp_path / name, overwrite=overwrite),
+    ):
+        pytest.fail("it began")
+    with whole_or_nothing(tmp_path / name / "model") as partial:
+        (partial / "weights").write_text("new")
+    assert [path.name for path in (tmp_path / "volume").rglob("*")] == ["model", "weights"]
+
+
 def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "here"
     target.mkdir()

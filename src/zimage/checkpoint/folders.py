@@ -31,7 +31,14 @@ def target_path(target: str | os.PathLike[str]) -> Path:
 
 def check_free(target: Path, *, overwrite: bool = False) -> None:
     """Raise `RequestError` where `whole_or_nothing` would refuse `target`."""
-    if not exists(target) or (target.is_dir() and not any(target.iterdir())):
+    if not exists(target):
+        return
+    if os.path.ismount(os.path.realpath(target)):
+        raise RequestError(
+            f"{target} is a mount point, and what is written takes the place of its folder as a whole; name a folder "
+            f"in it, such as {target / 'model'}"
+        )
+    if target.is_dir() and not any(target.iterdir()):
         return
     if overwrite and target.is_dir() and not target.is_symlink() and (target / MODEL_INDEX).is_file():
         return
