@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zimage import canvas as canvas_module
 from zimage.canvas import Canvas, lay_out, lay_out_control
 from zimage.errors import RequestError
 from zimage.files.images import read_image, read_mask
@@ -83,6 +84,65 @@ def test_a_size_that_was_asked_for_scales_to_cover_it(image: Any) -> None:
     scaled = Image.fromarray(MILD).resize((134, 96), Image.Resampling.LANCZOS)
     assert np.abs(as_bytes(canvas).astype(int) - np.asarray(scaled)[:, 11:123]).max() <= (0 if image is MILD else 1)
     assert canvas.painted[0, 0].float().mean(dim=0).tolist() == [1.0] * 56 + [0.0] * 56
+
+
+THIN = [((900, 4), (64, 96)), ((3, 1000), (80, 64)), ((1, 700), (64, 64)), ((43, 31), (64, 112)), ((20, 15), (48, 48))]
+
+
+def whole_then_cropped(image: Any, scaled: tuple[int, int], shown: tuple[int, int]) -> Any:
+    how = Image.Resampling.NEAREST if image.dtype == np.bool_ else Image.Resampling.LANCZOS
+    channels = np.atleast_3d(image)
+    parts = [Image.fromarray(channels[:, :, one]).resize(scaled[::-1], how) for one in range(channels.shape[2])]
+    whole = np.stack([np.asarray(part) for part in parts], axis=-1)
+    top, left = ((all_of - some) // 2 for all_of, some in zip(scaled, shown, strict=True))
+    return np.clip(whole, 0, 255 if image.dtype == np.uint8 else 1)[top : top + shown[0], left : left + shown[1]]
+
+
+@pytest.mark.parametrize(("size", "shown"), THIN)
+def test_what_is_cut_before_it_is_scaled_is_as_if_it_was_cut_after(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    """And the bits of scaling all of it where that is not many times the picture."""
+    image, ratio = np.random.default_rng(2).random((*size, 3), dtype=np.float32), max(np.divide(shown, size))
+    scaled = max(shown[0], round(size[0] * ratio)), max(shown[1], round(size[1] * ratio))
+    steps = np.round(image * 255).astype(np.uint8)
+    is_large = scaled[0] * scaled[1] > 8 * shown[0] * shown[1]
+    for most in (canvas_module._MOST, 0):
+        monkeypatch.setattr(canvas_module, "_MOST", most)
+        for part, bound, share in ((image, 1e-3, 1.0), (steps, 2, 1e-2), (image[:, :, 0] > 0.5, 1, 1e-2)):
+            fitted = np.atleast_3d(canvas_module._fit(part, *shown, 16)).astype(np.float64)
+            apart = np.abs(fitted - whole_then_cropped(part, scaled, shown))
+            assert apart.shape[:2] == shown
+            assert apart.max() <= (bound if is_large or not most else 0)
+            assert (apart > 0).mean() <= share
+
+
+@pytest.mark.parametrize("kind", ["bytes", "numbers", "mask", "control"])
+def test_of_a_thin_image_only_what_stays_is_scaled(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A file of 1 kB, which covers the picture if it is made 250 times as large."""
+    thin = np.zeros((65000, 4, 3), dtype=np.float32 if kind == "numbers" else np.uint8)
+    thin[32500:] = 1 if kind == "numbers" else 255
+    resize, made = Image.Image.resize, []
+
+    def counted(image: Image.Image, size: tuple[int, int], *given: Any) -> Image.Image:
+        made.append(size)
+        assert size[0] * size[1] <= 8 * 1024 * 1024
+        assert image.width * image.height <= 4 * 65000
+        return resize(image, size, *given)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    asked: dict[str, Any] = {"height": 1024, "width": 1024, "any_size": True, "seed": 1}
+    if kind == "control":
+        request = GenerationRequest("", control_image=read_image(thin, "control_image"), **asked).resolve(TURBO)
+        pixels = lay_out_control(request, Limits())
+    else:
+        canvas = make(thin, thin[:, :, 0] > 0 if kind == "mask" else None, height=1024, width=1024)
+        pixels = canvas.pixels if kind != "mask" else canvas.painted.float()
+    assert made
+    assert pixels.shape[2:] == (1024, 1024)
+    assert pixels[0, 0, :256].max() < 0.1
+    assert pixels[0, 0, 768:].min() > 0.9
+    assert pixels[0, 0, 500, 0] < 0.5 < pixels[0, 0, 524, 0]
 
 
 def test_what_is_not_repainted_is_put_back_bit_for_bit() -> None:

@@ -289,6 +289,28 @@ def test_memory_that_runs_out_between_the_passes_is_done_without(
     torch.testing.assert_close(output.images, expected, rtol=0, atol=1e-3)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("upscale", "stage"), [("pixels", "decoding"), ("latents", "denoising")])
+def test_memory_that_runs_out_while_the_first_pass_is_enlarged_is_done_without(
+    turbo_folder: Path, monkeypatch: pytest.MonkeyPatch, upscale: str, stage: str
+) -> None:
+    pipe = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    expected = latents(pipe, hires=Hires(2, 0.5, upscale))
+    full = ["now", "and with what is free"]
+
+    def fails_twice(*given: Any) -> Tensor:
+        if full:
+            full.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return enlarged(*given)
+
+    monkeypatch.setattr("zimage.pipeline.enlarged", fails_twice)
+    output = pipe("a fox", progress=False, output_type="latent", hires=Hires(2, 0.5, upscale), **SMALL)
+    assert not full
+    (said,) = output.stepped_down  # type: ignore[union-attr]
+    assert f"{stage} ran out of memory at 96x64" in said
+    torch.testing.assert_close(output.images, expected, rtol=0, atol=1e-3)  # type: ignore[union-attr]
+
+
 def test_only_pictures_of_one_final_size_are_stacked(turbo: ZImagePipeline) -> None:
     small, large = (GenerationRequest("a fox", **{**SMALL, "hires": hires}) for hires in (None, 2))
     with pytest.raises(RequestError, match="needs images of one size"):

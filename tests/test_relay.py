@@ -31,6 +31,7 @@ from zimage import (
     ZImagePipeline,
     read_recipe,
 )
+from zimage.output import collect
 from zimage.testing import build_checkpoint, build_controlnet
 
 OPTIONS: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 4, "seed": 5}
@@ -389,6 +390,27 @@ def test_memory_that_runs_out_in_turbos_part_is_done_without(
         assert tight.turbo.plan is not None
         assert tight.turbo.plan.stepped_down == (said,)
         assert torch.equal(output.images, latents(relay))
+
+
+@pytest.mark.parametrize("handover", [0.0, 0.8])
+def test_memory_that_runs_out_while_pictures_are_stacked_is_done_without(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, handover: float
+) -> None:
+    """By one model alone as by both."""
+    failures = iter([True, True])
+
+    def runs_out(*given: Any) -> Any:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+        return collect(*given)
+
+    monkeypatch.setattr("zimage.recorded.collect", runs_out)
+    with load(folders) as tight:
+        output = tight("a fox", handover=handover, output_type="np", progress=False, **OPTIONS)
+    assert isinstance(output, RelayOutput if handover else ZImageOutput)
+    assert len(output.stepped_down) == 1
+    assert "decoding ran out of memory at 64x64" in output.stepped_down[0]
+    assert output.images.shape == (1, 64, 64, 3)
 
 
 def test_a_picture_that_does_not_fit_is_refused(folders: tuple[Path, Path]) -> None:

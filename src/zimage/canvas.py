@@ -8,6 +8,7 @@ for bit. Knows no models.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,11 @@ from .request import ResolvedRequest
 from .rules import Limits
 
 Array = npt.NDArray[np.generic]
+
+_MOST = 8
+"""A scaled image of at most so many times the picture's pixels is made whole before it is cropped."""
+_REACH = 4
+"""Pixels around a part of an image that its enlargement depends on: Lanczos' three, and one for rounding."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ def lay_out(request: ResolvedRequest, limits: Limits) -> Canvas:
     """The canvas of a request with an image, for a model with these `limits`.
 
     Padding repeats the image's edge. A canvas that is larger than the picture by less than a token is cropped evenly on
-    both sides; otherwise it is scaled to cover the picture (Lanczos; masks by the nearest pixel) and then cropped.
+    both sides; otherwise it is scaled to cover the picture (Lanczos; masks by the nearest pixel) and then cropped. Of a
+    canvas so thin that it would be very large then, only what stays is scaled.
     Raises `RequestError` if its mask is too thin to repaint anything.
     """
     image = _pixels("image", request.image)
@@ -108,21 +115,39 @@ def _pixels(name: str, source: SourceImage | None) -> Array:
 
 def _fit(part: Array, height: int, width: int, token: int) -> Array:
     own_height, own_width = part.shape[:2]
-    if not (0 <= own_height - height < token and 0 <= own_width - width < token):
-        ratio = max(height / own_height, width / own_width)
-        own_height, own_width = max(height, round(own_height * ratio)), max(width, round(own_width * ratio))
-        part = _scaled(part, own_height, own_width)
-    top, left = (own_height - height) // 2, (own_width - width) // 2
+    if 0 <= own_height - height < token and 0 <= own_width - width < token:
+        return _middle(part, height, width)
+    ratio = max(height / own_height, width / own_width)
+    whole_height, whole_width = max(height, round(own_height * ratio)), max(width, round(own_width * ratio))
+    if whole_height * whole_width <= max(own_height * own_width, _MOST * height * width):
+        return _middle(_scaled(part, whole_height, whole_width), height, width)
+    rows, top, bottom = _behind(own_height, whole_height, height)
+    columns, left, right = _behind(own_width, whole_width, width)
+    return _scaled(part[rows, columns], height, width, (left, top, right, bottom))
+
+
+def _middle(part: Array, height: int, width: int) -> Array:
+    top, left = (part.shape[0] - height) // 2, (part.shape[1] - width) // 2
     return part[top : top + height, left : left + width]
 
 
-def _scaled(part: Array, height: int, width: int) -> Array:
+def _behind(own: int, whole: int, shown: int) -> tuple[slice, float, float]:
+    """What the middle `shown` pixels depend on, of `own` pixels that are enlarged to `whole`; and where those begin and
+    end in it."""
+    begin = (whole - shown) // 2
+    first, last = begin * own / whole, (begin + shown) * own / whole
+    start, stop = max(0, floor(first) - _REACH), min(own, ceil(last) + _REACH)
+    return slice(start, stop), first - start, last - start
+
+
+def _scaled(part: Array, height: int, width: int, box: tuple[float, float, float, float] | None = None) -> Array:
+    """`part`, or what is in its `box` (left, top, right, bottom), in this size."""
+
+    def scale(pixels: Array, how: Image.Resampling = Image.Resampling.LANCZOS) -> Array:
+        return np.asarray(Image.fromarray(pixels).resize((width, height), how, box))
+
     if part.dtype == np.bool_:
-        return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST))
+        return scale(part, Image.Resampling.NEAREST)
     if part.dtype == np.uint8:
-        return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.LANCZOS))
-    channels = [
-        np.asarray(Image.fromarray(part[:, :, channel]).resize((width, height), Image.Resampling.LANCZOS))
-        for channel in range(3)
-    ]
-    return np.clip(np.stack(channels, axis=-1), 0, 1)
+        return scale(part)
+    return np.clip(np.stack([scale(part[:, :, channel]) for channel in range(3)], axis=-1), 0, 1)

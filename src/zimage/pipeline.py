@@ -40,7 +40,7 @@ from .errors import RequestError
 from .hires import Hires, demands, passes
 from .many import Drawing
 from .models.autoencoder import to_image
-from .output import Drawn, Step, ZImageOutput, check_output_type, check_stackable, collect
+from .output import Drawn, Step, ZImageOutput, check_output_type, check_stackable
 from .recorded import Recorded
 from .request import AnyRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
@@ -177,7 +177,7 @@ class ZImagePipeline(Recorded):
                 drawn = result_of(self._denoise(request, chosen, call))
                 call.check_cancelled()
                 images.append(self._finish(request, chosen, drawn, output_type, embed_recipe, call.take_changed()))
-        collected = collect(images, output_type)
+        collected = self._collected(images, output_type, requests[-1])
         return ZImageOutput(collected, tuple(requests), self._rungs()[rungs:]) if return_dict else (collected,)
 
     def stream(
@@ -293,11 +293,15 @@ class ZImagePipeline(Recorded):
     def _enlarge(self, request: ResolvedRequest, latents: Tensor, call: Call) -> Tensor:
         """What the first pass left as the second begins with it: latents or pixels of the larger size."""
         first, again = passes(request)
-        if request.hires is not None and request.hires.upscale == "latents":
-            return enlarged(latents, *self._latent_shape(again)[1:])
-        decode = self._attempt("decoding", first, call.let_go)
-        pixels = decode(lambda: self.autoencoder.decode(latents, self._strip_levels(first)))
-        return enlarged(pixels, again.height, again.width).clamp_(0, 1)
+        stage = "denoising" if request.hires is not None and request.hires.upscale == "latents" else "decoding"
+
+        def enlarge() -> Tensor:
+            if stage == "denoising":
+                return enlarged(latents, *self._latent_shape(again)[1:])
+            pixels = self.autoencoder.decode(latents, self._strip_levels(first))
+            return enlarged(pixels, again.height, again.width).clamp_(0, 1)
+
+        return self._attempt(stage, first, call.let_go)(enlarge)
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         limits = self.limits

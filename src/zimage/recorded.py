@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -18,7 +19,7 @@ from .errors import RequestError
 from .files.png import Picture, read_recipe
 from .files.recipe import Recipe, differences, pixel_digest
 from .files.relayed import require_one_model
-from .output import Replay, ZImageOutput
+from .output import Replay, ZImageOutput, collect
 from .previews import Previewing
 from .request import ResolvedRequest
 from .rules import shown
@@ -106,6 +107,13 @@ class Recorded(Previewing):
         changed: Sequence[str],
     ) -> Picture:
         return Picture.of(image, self._recipe(request, chosen, image, strips, changed) if embed_recipe else None)
+
+    def _collected(self, images: Sequence[Any], output_type: str, last: ResolvedRequest) -> Any:
+        """The images of a call in the container of `output_type`; memory may run out for those that are stacked."""
+        if output_type == "pil":
+            return collect(images, output_type)
+        with self._computing():
+            return self._attempt("decoding", last)(partial(collect, images, output_type))
 
 
 def compared(recipe: Recipe, made: Any, request: ResolvedRequest) -> Replay:

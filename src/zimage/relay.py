@@ -26,7 +26,7 @@ from .files.recipe import Recipe
 from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover, finish_of, with_steps
 from .memory.plan import Plan
 from .models.text_encoder import Tokens
-from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable, collect
+from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable
 from .pairing import check_pair, check_place, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
@@ -195,7 +195,7 @@ class Relay:
                 latents = result_of(self._denoise(request, chosen, shared))
                 shared.base.check_cancelled()
                 images.append(self._finish(request, chosen, latents, shared, output_type, embed_recipe))
-        collected = collect(images, output_type)
+        collected = self.turbo._collected(images, output_type, requests[-1].turbo)
         said = tuple(one for were, are in zip(before, self._rungs(), strict=True) for one in are[len(were) :])
         return RelayOutput(collected, tuple(requests), said) if return_dict else (collected,)
 

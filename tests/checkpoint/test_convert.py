@@ -286,6 +286,35 @@ def test_what_is_there_stays_unless_it_may_be_replaced(target: str, tiny: Path, 
         assert content(tmp_path / "mine") == {"letter.txt": b"dear"}
 
 
+def test_of_a_mount_point_it_is_not_said_that_it_could_be_replaced(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(copy))
+    with pytest.raises(RequestError, match=r"copy is a mount point, .*such as .*/model$"):
+        convert_checkpoint(copy, copy)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_of_a_disk_that_takes_no_tokenizer_the_source_is_not_blamed(
+    full: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its private copy goes to the folder for temporary files, which may also be gone."""
+
+    def write(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    place = tmp_path if full else tmp_path / "gone"
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    if full:
+        monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(CheckpointError) as raised:
+        convert_checkpoint(tiny, tmp_path / "folder")
+    said = "No space left on device" if full else "No such file or directory"
+    assert str(raised.value) == (
+        f"a copy of the tokenizer cannot be written to {place}: {said}; "
+        "make room there, or name another folder in TMPDIR"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def content(path: Path) -> dict[str, bytes]:
     files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
     return {one.name: one.read_bytes() for one in files}

@@ -131,7 +131,33 @@ def test_a_failure_leaves_nothing_behind(
         save_components(turbo, tmp_path / "new" / "saved")
     if error in FULL_DISK:
         assert str(raised.value) == f"{tmp_path / 'new' / 'saved'} cannot be written: No space left on device"
-    assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (Exception("File too large (os error 27)"), CheckpointError, "saved cannot be written: File too large$"),
+        (AttributeError("no such thing"), AttributeError, "no such thing"),
+    ],
+)
+def test_a_full_disk_while_a_tokenizer_is_written(
+    error: Exception,
+    raised: type[Exception],
+    said: str,
+    turbo: Components,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its library says so by a plain `Exception`."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(turbo.tokenizer), "save_pretrained", fail)
+    with pytest.raises(raised, match=said):
+        save_components(dataclasses.replace(turbo, folder=None), tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_no_plain_model_is_refused(turbo: Components, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,11 @@ def _check_target(goal: _Goal, overwrite: bool) -> None:
     try:
         check(goal.target, overwrite=overwrite)
     except RequestError as error:
-        is_file, is_model = goal.target.is_file(), (goal.target / MODEL_INDEX).is_file()
-        replaces = not overwrite and (is_file if goal.suffix else is_model)
-        raise RequestError(f"{error}{'; overwrite=True replaces it' * replaces}") from None
+        remedy = ""
+        with suppress(RequestError):
+            check(goal.target, overwrite=True)
+            remedy = "; overwrite=True replaces it"
+        raise RequestError(f"{error}{remedy}") from None
 
 
 def _write_file(file: Any, goal: _Goal, tensors: list[Outgoing]) -> None:

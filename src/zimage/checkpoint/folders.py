@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,14 @@ def target_path(target: str | os.PathLike[str]) -> Path:
 
 def check_free(target: Path, *, overwrite: bool = False) -> None:
     """Raise `RequestError` where `whole_or_nothing` would refuse `target`."""
-    if not exists(target) or (target.is_dir() and not any(target.iterdir())):
+    if not exists(target):
+        return
+    if os.path.ismount(os.path.realpath(target)):
+        raise RequestError(
+            f"{target} is a mount point, and what is written takes the place of its folder as a whole; name a folder "
+            f"in it, such as {target / 'model'}"
+        )
+    if target.is_dir() and not any(target.iterdir()):
         return
     if overwrite and target.is_dir() and not target.is_symlink() and (target / MODEL_INDEX).is_file():
         return
@@ -43,24 +50,25 @@ def check_free(target: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def whole_or_nothing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside `target` that takes its place in the end, and is removed if anything fails.
+    """Yield a new folder beside `target` that takes its place in the end, and is removed if anything fails, with the
+    folders above it that were made for it.
 
-    With `overwrite` a checkpoint that is at `target` stays until then. Raises `CheckpointError` for what the disk
-    refuses.
+    Of a link the folder that it leads to is written. With `overwrite` a checkpoint that is at `target` stays until
+    then. Raises `CheckpointError` for what the disk refuses.
     """
     check_free(target, overwrite=overwrite)
-    place = Path(os.path.abspath(target))  # "." is no name to rename
-    partial = _beside(place, "partial")
+    place = Path(os.path.realpath(target))  # neither "." nor a link is a name to rename to
+    partial, made = _beside(place, "partial"), [folder for folder in place.parents if not exists(folder)]
     try:
         partial.mkdir(parents=True)
         yield partial
-        check_free(target, overwrite=overwrite)  # again, for it took its time
+        check_free(place, overwrite=overwrite)  # again, for it took its time
         _take_place(partial, place, overwrite)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise
 
 
@@ -104,6 +112,14 @@ def _take_place(partial: Path, target: Path, overwrite: bool) -> None:
         before.rename(target)
         raise
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _remove(partial: Path, made: list[Path]) -> None:
+    """Remove a folder, then those above it that were made for it, until one has something else in it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def _beside(target: Path, kind: str) -> Path:

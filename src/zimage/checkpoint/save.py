@@ -103,7 +103,12 @@ def _write_text_encoder(components: Components, folder: Path, shard_bytes: int) 
     write_json(folder / "text_encoder" / "config.json", described)
     state = components.text_encoder.state_dict()
     _write_weights(folder / "text_encoder", "text_encoder", state, shard_bytes)
-    components.tokenizer.save_pretrained(folder / "tokenizer")
+    try:
+        components.tokenizer.save_pretrained(folder / "tokenizer")
+    except Exception as error:  # what its library raises for a full disk is of no other class
+        if "(os error " not in str(error):
+            raise
+        raise _of_the_disk(error) from error
 
 
 def _copy_text_encoder(components: Components, folder: Path, shard_bytes: int) -> None:
@@ -143,9 +148,10 @@ def _write_weights(place: Path, component: str, state: dict[str, Tensor], shard_
         write_json(place / index_name(component), index)
 
 
-def _of_the_disk(error: SafetensorError) -> OSError:
-    """What the disk said, which safetensors wraps: "...I/O error: No space left on device (os error 28) at path..."."""
-    said = re.search(r"I/O error: (.+) \(os error (\d+)\)", str(error))
+def _of_the_disk(error: Exception) -> OSError:
+    """What the disk said, which safetensors wraps: "...I/O error: No space left on device (os error 28) at path...",
+    and tokenizers does not."""
+    said = re.search(r"(?:.*I/O error: |^)(.+) \(os error (\d+)\)", str(error))
     return OSError(int(said[2]), said[1]) if said else OSError(str(error))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def load_tokenizer(folder: Path, vocabulary_size: int) -> Qwen2Tokenizer:
     try:
         tokenizer = _build(folder, files)
         problem = _problem(tokenizer, vocabulary_size)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         raise CheckpointError(f"{folder}: the tokenizer cannot be built: {reason(error)}; {_again(folder)}") from error
@@ -179,16 +180,31 @@ def _is_private(node: nodes.Expr) -> bool:
 
 
 def _build(folder: Path, files: dict[str, str]) -> Qwen2Tokenizer:
-    with tempfile.TemporaryDirectory(prefix="zimage-tokenizer-") as private:
-        for name, text in files.items():
-            Path(private, name).write_text(text, encoding="utf-8", newline="")
-        tokenizer = Qwen2Tokenizer.from_pretrained(private, local_files_only=True)
+    with ExitStack() as private:
+        copy = _copy(files, private)
+        tokenizer = Qwen2Tokenizer.from_pretrained(copy, local_files_only=True)
     tokenizer.name_or_path = str(folder)
     tokenizer.init_kwargs["name_or_path"] = str(folder)
     # Settings of somebody's last call can be stored in tokenizer.json; prompts are neither cut nor filled here.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _copy(files: dict[str, str], private: ExitStack) -> str:
+    """A folder with these files, for as long as `private` is open."""
+    place = "the folder for temporary files"
+    try:
+        place = tempfile.gettempdir()
+        folder = private.enter_context(tempfile.TemporaryDirectory(prefix="zimage-tokenizer-"))
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise CheckpointError(
+            f"a copy of the tokenizer cannot be written to {place}: {reason(error)}; make room there, or name another "
+            "folder in TMPDIR"
+        ) from error
+    return folder
 
 
 def _problem(tokenizer: Qwen2Tokenizer, vocabulary_size: int) -> str | None:
