@@ -141,8 +141,7 @@ class ZImagePipeline(Recorded):
         Args:
             prompt: a text, a list of texts, or one or more requests (then no other option of a picture).
             num_images_per_prompt: image k of the call has the seed `seed + k`.
-            generator: instead of `seed`; its noise is drawn as diffusers draws it, or it gives a seed for each picture
-                that draws more than once, or if their sizes differ.
+            generator: instead of `seed`; noise as diffusers draws it, or seeds for pictures that draw more than once.
             latents: (images, 16, height/8, width/8) instead of a seed's noise; a seed beside them is of what else is
                 drawn, for `hires` and `diversity`.
             joint_attention_kwargs: {"scale": s} makes every adapter's strength s times what it else would be.
