@@ -67,9 +67,9 @@ class GenerationRequest(Comparable):
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of that of a seed.
             What else is drawn, for `hires` and `diversity`, is of the seed all the same.
         prompt_embeds, negative_prompt_embeds: caption features (tokens, features) instead of the texts.
-        image: what the picture starts from: a path, a Pillow image of any mode, an array (height, width, 3) or a tensor
-            (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are then its own, cropped to
-            multiples of 16; if they are given it is scaled to cover them.
+        image: what the picture starts from: a path, the bytes of an image file or an open one, a Pillow image, an array
+            (height, width, 3) or a tensor (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are
+            then its own, cropped to multiples of 16; if they are given it is scaled to cover them.
         mask_image: of the image's size; what is white is repainted, the pixels under black stay as they are.
         strength: above 0, to 1: how much of the schedule is run, so how much may change. By default 0.6; 1 with a mask
             or padding.
