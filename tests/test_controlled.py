@@ -131,6 +131,8 @@ def test_a_second_one_is_refused_and_the_first_stays(turbo_folder: Path, nets: d
     assert torch.equal(draw(pipe, control_image=CONTROL), made)
     assert pipe.plan is not None
     assert pipe.plan.sizes == sizes
+    assert repr(pipe.controlnet).startswith("ControlNet(source=")
+    assert "\n" not in repr(pipe.controlnet)
     pipe.close()
     assert pipe.controlnet is None
 

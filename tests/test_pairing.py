@@ -25,6 +25,7 @@ from zimage.memory.pairs import PairPlan, plan_pair
 from zimage.memory.plan import Budget, Plan
 from zimage.memory.planner import fit_picture
 from zimage.memory.sizes import ModelSizes
+from zimage.runtime import portable_path
 from zimage.testing import build_checkpoint, build_controlnet
 
 PICTURE: dict[str, Any] = {
@@ -61,6 +62,19 @@ def test_what_both_need_is_loaded_once(base_folder: Path, turbo_folder: Path) ->
     with ZImagePipeline.from_pretrained(turbo_folder, device="cpu", dtype="float32") as alone:
         options = {name: value for name, value in PICTURE.items() if name != "handover"}
         assert torch.equal(alone("a fox", **options)[0], draw(relay, handover=1))  # type: ignore[index]
+
+
+def test_reprs_are_one_line(base_folder: Path, turbo_folder: Path) -> None:
+    relay = load(base_folder, turbo_folder)
+    base, turbo = (
+        f"<ZImagePipeline: {folder.name} from {portable_path(folder)}" for folder in (base_folder, turbo_folder)
+    )
+    assert repr(relay.base) == f"{base}, cpu, float32>"
+    assert repr(relay) == f"<Relay: {base}, cpu, float32>, {turbo}, cpu, float32>>"
+    again = ZImagePipeline.from_diffusers(relay.turbo.to_diffusers())
+    assert repr(again) == "<ZImagePipeline: turbo from parts, cpu, float32>"
+    relay.close()
+    assert repr(relay) == f"<Relay: {base}, closed>, {turbo}, closed>>"
 
 
 def streaming(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

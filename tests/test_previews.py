@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from zimage import CheckpointError, GenerationRequest, RequestError, ZImagePipeline
+from zimage.legs import RelayOutput
 from zimage.models.preview import LinearPreview, fit_preview, patterns
+from zimage.output import ZImageOutput
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,25 @@ def test_steps_show_what_they_expect(demo: ZImagePipeline) -> None:
     assert shares[-1] > 0.75
     assert shares[0] < shares[3] < shares[-1] + 0.05
     assert demo.preview(steps[3].denoised[0]).tobytes() == steps[3].preview().tobytes()
+
+
+def test_a_step_is_pickled_without_its_pipeline(demo: ZImagePipeline) -> None:
+    step, _ = demo.stream(GenerationRequest("a red circle", seed=3, num_inference_steps=2))
+    again = pickle.loads(pickle.dumps(step))
+    assert (again.index, again.sigma, again.request) == (step.index, step.sigma, step.request)
+    assert torch.equal(again.denoised, step.denoised)
+    assert demo.preview(again.denoised).tobytes() == step.preview().tobytes()
+    with pytest.raises(RequestError, match=r"has no pipeline .* pass its denoised to a pipeline's preview"):
+        again.preview()
+    assert step != again
+    assert "tensor" not in repr(step)
+
+
+def test_outputs_compare_as_objects() -> None:
+    for kind in (ZImageOutput, RelayOutput):
+        one, other = (kind(np.zeros((2, 4, 4, 3)), ()) for _ in range(2))
+        assert one != other
+        assert len({one, one, other}) == 2
 
 
 def test_previews_change_no_picture(demo: ZImagePipeline) -> None:

@@ -9,12 +9,15 @@ import math
 import pickle
 from dataclasses import fields, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from zimage import GenerationRequest, RequestError, ResolvedRequest, ZImagePipeline
 from zimage.request import expand_requests, with_noise
@@ -207,6 +210,51 @@ def test_a_seed_beside_latents_stays_where_something_is_drawn_from_it(more: dict
     assert replace(asked, seed=None).resolve(TURBO).seed == 0
     plain = replace(first, hires=None, diversity=0.0)
     assert plain.resolve(TURBO).seed == 0
+
+
+PIXELS = np.zeros((4, 4, 3), dtype=np.uint8)
+DIFFERENT: list[tuple[str, Any, Any]] = [
+    *((name, Image.fromarray(PIXELS), Image.fromarray(PIXELS)) for name in ("image", "mask_image", "control_image")),
+    ("image", PIXELS, PIXELS.copy()),
+    ("image", memoryview(bytearray(b"a")), memoryview(bytearray(b"b"))),
+    ("image", "a.png", "b.png"),
+    ("image", LATENTS[:3], LATENTS[3:6]),
+    ("latents", LATENTS, -LATENTS),
+    ("latents", LATENTS, LATENTS.double()),
+    ("latents", LATENTS, None),
+    *((name, EMBEDS, EMBEDS[1:]) for name in ("prompt_embeds", "negative_prompt_embeds")),
+    ("sigmas", [1, 0.5], [1, 0.4]),
+    ("adapters", {"ink": 0.5}, {"ink": 0.6}),
+]
+
+
+@pytest.mark.parametrize(("name", "one", "other"), DIFFERENT, ids=lambda value: value if isinstance(value, str) else "")
+def test_requests_of_different_pictures_are_not_equal(name: str, one: Any, other: Any) -> None:
+    first, again, second = (GenerationRequest("x", seed=1, **{name: value}) for value in (one, one, other))
+    assert first != second
+    assert first == again
+    assert hash(first) == hash(again)
+    assert len({first: 1, again: 2, second: 3}) == 2
+
+
+def test_equal_values_ask_for_one_picture() -> None:
+    def asked(kind: type, **more: Any) -> GenerationRequest:
+        return GenerationRequest("x", sigmas=kind([1, 0.5]), latents=LATENTS.clone(), image=Path("a.png"), **more)
+
+    first = asked(list, adapters={"a": 1.0, "b": 0.5})
+    second = asked(tuple, adapters={"b": 0.5, "a": 1})
+    assert first == second
+    assert hash(first) == hash(second)
+    assert pickle.loads(pickle.dumps(first)) == first
+
+
+def test_resolved_requests_with_different_tensors_are_not_equal() -> None:
+    asked = GenerationRequest("a fox", height=64, width=64, latents=LATENTS, any_size=True)
+    first, same, other = (replace(asked, latents=one).resolve(TURBO) for one in (LATENTS, LATENTS.clone(), -LATENTS))
+    assert first == same != other
+    assert hash(first) == hash(same)
+    assert first != with_noise(first)
+    assert first != asked
 
 
 def test_other_noise_for_a_request() -> None:

@@ -19,6 +19,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "editing",
+        "equality",
         "hires",
         "variants",
         "rules",

@@ -91,7 +91,7 @@ class RelayRequest:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RelayOutput:
     """What a relay's call gives: `images` as in `ZImageOutput`, and `requests[k]` makes image k again.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZImageOutput:
     """`images` as `output_type` asked: a list of PIL pictures ("pil"), an array (B, H, W, 3) in [0, 1] ("np"), a tensor
     (B, 3, H, W) in [0, 1] ("pt") or latents (B, 16, H/8, W/8) ("latent"); `requests[k]` makes image k again.
@@ -37,7 +37,7 @@ class ZImageOutput:
         return (self.images,)[index]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One denoising step of a stream, done.
 
@@ -50,16 +50,26 @@ class Step:
     total: int
     sigma: float
     sigma_next: float
-    latents: Tensor
-    denoised: Tensor
+    latents: Tensor = field(repr=False)
+    denoised: Tensor = field(repr=False)
     request: ResolvedRequest
     image: Image.Image | None = None
-    previewer: Callable[[Tensor], Image.Image] | None = field(default=None, repr=False, compare=False)
+    previewer: Callable[[Tensor], Image.Image] | None = field(default=None, repr=False)
 
     def preview(self) -> Image.Image:
-        """A small picture of what is expected now, a pixel for each 8 x 8, or what `set_preview` chose."""
-        assert self.previewer is not None
+        """A small picture of what is expected now, a pixel for each 8 x 8, or what `set_preview` chose.
+
+        Raises `RequestError` for a step that was pickled or copied, which leaves its pipeline behind.
+        """
+        if self.previewer is None:
+            raise RequestError(
+                "this step has no pipeline to make a preview with, as one that was pickled or copied has none; pass "
+                "its denoised to a pipeline's preview"
+            )
         return self.previewer(self.denoised)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "previewer": None}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from .parts import described
 from .pipeline import ZImagePipeline
 from .variants import BASE, TURBO, Variant, detect_variant
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 NAMES = (BASE.name, TURBO.name)
 _SHARED = {"vae": "VAE", "text_encoder": "text encoder"}
 
@@ -42,6 +45,27 @@ class Pair(NamedTuple):
     base: ZImagePipeline
     turbo: ZImagePipeline
     plan: Plan
+
+
+class Together:
+    """Two pipelines that are let go of together."""
+
+    base: ZImagePipeline
+    turbo: ZImagePipeline
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.base!r}, {self.turbo!r}>"
+
+    def close(self) -> None:
+        """Let go of both pipelines, which cannot be used afterwards either. `with` does it at the end of its block."""
+        self.turbo.close()
+        self.base.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 def check_pair(base: Any, turbo: Any) -> None:

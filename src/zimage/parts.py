@@ -74,6 +74,13 @@ class Parts(Controlled):
         components.check_parts(inner.config, transformer.config, vae.config)
         super().__init__(TextEncoder(inner, tokenizer), ZImageTransformer.share(transformer), Autoencoder(vae))
 
+    def __repr__(self) -> str:
+        try:
+            state = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        except RequestError:
+            state = "closed"
+        return f"<{type(self).__name__}: {self.variant.name} from {self.model['source'] or 'parts'}, {state}>"
+
     @classmethod
     def from_pretrained(
         cls,

@@ -27,7 +27,7 @@ from .legs import HANDOVER, RelayCall, RelayOutput, RelayRequest, check_handover
 from .memory.plan import Plan
 from .models.text_encoder import Tokens
 from .output import Replay, Step, ZImageOutput, check_output_type, check_stackable
-from .pairing import check_pair, check_place, load_pair
+from .pairing import Together, check_pair, check_place, load_pair
 from .parts import warn_of_weights
 from .pipeline import ZImagePipeline
 from .recorded import compared
@@ -42,7 +42,7 @@ BothChosen = tuple[Chosen, Chosen]
 _SAYS_ALL = "a RelayRequest says all there is; leave handover, turbo_steps and the options of a picture out"
 
 
-class Relay:
+class Relay(Together):
     """Pictures that the base model begins and Turbo finishes.
 
     Args:
@@ -243,17 +243,6 @@ class Relay:
         request = RelayRequest(steered, recipe.turbo.request, recipe.handover)
         output = self(request, cancel=cancel, progress=progress)
         return compared(recipe, output[0][0], recipe.request)
-
-    def close(self) -> None:
-        """Let go of both pipelines, which cannot be used afterwards either. `with` does it at the end of its block."""
-        self.turbo.close()
-        self.base.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
     def _alone(self, handover: float | None, turbo_steps: int | None) -> ZImagePipeline | None:
         """The one model that makes all of a picture, if the handover says so."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .caching import noise_levels, resolve_cache
 from .editing import SourceImage, check_steps, resolve_editing, skipped_steps
+from .equality import Comparable
 from .errors import RequestError
 from .hires import Hires, resolve_hires
 from .rules import (
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
+@dataclass(frozen=True, eq=False)
+class GenerationRequest(Comparable):
     """One picture as a user asks for it. `None` means: as the model's recipe has it.
+
+    Equal are those that ask for the same: tensors by their values, images in memory only if they are one object.
 
     Args:
         prompt: the text; may be empty. Left out only where `prompt_embeds` is given.
@@ -64,9 +67,9 @@ class GenerationRequest:
         latents: starting noise (16, height/8, width/8), with or without a batch axis of 1, instead of that of a seed.
             What else is drawn, for `hires` and `diversity`, is of the seed all the same.
         prompt_embeds, negative_prompt_embeds: caption features (tokens, features) instead of the texts.
-        image: what the picture starts from: a path, a Pillow image of any mode, an array (height, width, 3) or a tensor
-            (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are then its own, cropped to
-            multiples of 16; if they are given it is scaled to cover them.
+        image: what the picture starts from: a path, the bytes of an image file or an open one, a Pillow image, an array
+            (height, width, 3) or a tensor (3, height, width), of bytes or numbers in [0, 1]. `height` and `width` are
+            then its own, cropped to multiples of 16; if they are given it is scaled to cover them.
         mask_image: of the image's size; what is white is repainted, the pixels under black stay as they are.
         strength: above 0, to 1: how much of the schedule is run, so how much may change. By default 0.6; 1 with a mask
             or padding.
@@ -96,15 +99,15 @@ class GenerationRequest:
     diversity: float | None = None
     sigmas: Sequence[float] | None = None
     max_sequence_length: int | None = None
-    latents: Tensor | None = field(default=None, compare=False, repr=False)
-    prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
-    negative_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
-    image: Any = field(default=None, compare=False, repr=False)
-    mask_image: Any = field(default=None, compare=False, repr=False)
+    latents: Tensor | None = field(default=None, repr=False)
+    prompt_embeds: Tensor | None = field(default=None, repr=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, repr=False)
+    image: Any = field(default=None, repr=False)
+    mask_image: Any = field(default=None, repr=False)
     strength: float | None = None
     keep_steps: bool = False
     padding: int | Sequence[int] | None = None
-    control_image: Any = field(default=None, compare=False, repr=False)
+    control_image: Any = field(default=None, repr=False)
     controlnet_conditioning_scale: float | None = None
     hires: float | Hires | None = None
     any_size: bool = False
@@ -158,8 +161,8 @@ class GenerationRequest:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResolvedRequest:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResolvedRequest(Comparable):
     """One picture with everything decided: with the same weights it is the same picture. See `GenerationRequest`.
 
     `sigmas` is empty where the schedule is the model's own, `linspace(1, 1/N, N)`; `shift` is applied to either.
@@ -195,7 +198,7 @@ class ResolvedRequest:
     adapters: tuple[tuple[str, float], ...] = ()
     diversity: float = 0.0
     hires: Hires | None = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def steps(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -20,11 +21,16 @@ from PIL import ExifTags, Image
 
 from zimage.editing import SourceImage
 from zimage.errors import RequestError
-from zimage.files.images import read_image, read_mask
+from zimage.files.images import READERS, read_image, read_mask
+from zimage.files.png import read_recipe
 from zimage.files.recipe import pixel_digest
 
 BYTES = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(BYTES)
+
+
+CLOSED = io.BytesIO()
+CLOSED.close()
 
 
 def saved(folder: Path, name: str, image: Image.Image = PICTURE, **options: Any) -> Path:
@@ -32,11 +38,29 @@ def saved(folder: Path, name: str, image: Image.Image = PICTURE, **options: Any)
     return folder / name
 
 
+class Trickling(io.RawIOBase):
+    """A pipe: it cannot go back, and gives a little at a time."""
+
+    def __init__(self, content: bytes) -> None:
+        self.rest = io.BytesIO(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self.rest.read(min(size, 50))
+
+
+def in_memory(path: Path) -> list[Any]:
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    file.seek(9)
+    return [content, bytearray(content), memoryview(content), Trickling(content), file]
+
+
 def test_every_way_to_hand_in_bytes_gives_the_same_image(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.png")
     tensor = torch.from_numpy(BYTES.copy()).movedim(-1, 0)
-    ways = [PICTURE, path, str(path), os.fsencode(path), BYTES, BYTES[None], tensor, tensor[None], Image.open(path)]
+    ways = [PICTURE, path, str(path), BYTES, BYTES[None], tensor, tensor[None], Image.open(path), *in_memory(path)]
     sources = [read_image(way) for way in ways]
+    assert read_image(ways[-1]) == sources[0]  # a file is read from its beginning, again too
     assert {source.digest for source in sources} == {pixel_digest(PICTURE)}
     for source in sources:
         assert (source.width, source.height) == (7, 5)
@@ -175,9 +199,37 @@ def cut() -> bytes:
 def test_files_that_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    for read in (read_image, read_mask):
+    for read in READERS.values():
         with pytest.raises(RequestError, match=said):
             read(path)
+        for handed in (content, io.BytesIO(content)):
+            with pytest.raises(RequestError, match=rf"^(mask_|control_)?image \({len(content)} bytes\) .*") as refused:
+                read(handed)
+            assert re.search(said.removeprefix("a.png "), str(refused.value))
+
+
+def test_bytes_are_no_path(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"bytes\) is no image that can be read"):
+        read_image(os.fsencode(saved(tmp_path, "a.png")))
+
+
+def test_files_that_are_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved(tmp_path, "a.png").read_bytes()
+    monkeypatch.setattr("zimage.files.images.MAX_FILE_BYTES", len(content))
+    assert [read_image(way) for way in in_memory(tmp_path / "a.png")]
+    monkeypatch.setattr("zimage.files.images.MAX_FILE_BYTES", len(content) - 1)
+    for way in in_memory(tmp_path / "a.png"):
+        with pytest.raises(RequestError, match="image has more than 0 MiB"):
+            read_image(way)
+
+
+@pytest.mark.parametrize("text", ["x" * 3_000_000, f"{'a' * 200}/no.png"])
+def test_messages_show_little_of_a_path(text: str) -> None:
+    for read in (*READERS.values(), read_recipe):
+        with pytest.raises(RequestError) as refused:
+            read(text)
+        assert f"{text[:17]}...{text[-40:]}" in str(refused.value)
+        assert len(str(refused.value)) < 120
 
 
 def test_an_image_below_pillows_own_limit_is_refused_by_ours(tmp_path: Path) -> None:
@@ -192,7 +244,9 @@ def test_an_image_below_pillows_own_limit_is_refused_by_ours(tmp_path: Path) -> 
         ("there-is-none.png", "there is no file there-is-none.png"),
         ("https://example.org/a.png", "image is an address; download the file"),
         (os.curdir, "not a regular file"),
-        (7, "image must be a path, a Pillow image, an array .* got int 7"),
+        (7, "image must be a path, the bytes of .* a Pillow image, an array .* got int 7"),
+        (io.StringIO("text"), "image is a file that cannot be read .*str.*; pass one that is open .* in binary mode"),
+        (CLOSED, "image is a file that cannot be read .*closed"),
         ([BYTES], "image must be a path"),
         (BYTES[:, :, :2], r"got ndarray of shape \(5, 7, 2\)"),
         (np.stack([BYTES, BYTES]), "without or with a batch of 1"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ _SAMPLE = 256
 class ControlNet:
     """A ControlNet in memory: `source` is what it is remembered to be from, `digest` a sampled identity of it."""
 
-    net: ZImageControlNetModel
+    net: ZImageControlNetModel = field(repr=False)
     source: str
     digest: str
 

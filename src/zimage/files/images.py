@@ -1,4 +1,5 @@
-"""Images and masks that a picture starts from, read from whatever holds one: a file, Pillow, an array or a tensor.
+"""Images and masks that a picture starts from, read from whatever holds one: a file or its bytes, Pillow, an array or a
+tensor.
 
 The outcome is a `SourceImage` or a `RequestError`; files may come from anyone. What is transparent in an image lies on
 white. Orientation in EXIF is followed; colour profiles are not. Loads no torch; sizes and masks that do not fit are
@@ -8,10 +9,12 @@ its callers' business.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..editing import SourceImage
 from ..errors import RequestError
 from ..rules import is_tensor, shown
-from .atomic import PATHS
-from .png import MAX_PIXELS, regular_file
+from .png import MAX_FILE_BYTES, MAX_PIXELS, brief, regular_file
 
 Array = npt.NDArray[Any]
 
@@ -33,10 +35,12 @@ DEEPEST = 65535
 
 
 def read_image(value: Any, name: str = "image") -> SourceImage:
-    """The image in a path, a Pillow image, an array (height, width, 3) or a tensor (3, height, width).
+    """The image in a path, the bytes of a file or an open one, which is read from its beginning, a Pillow image, an
+    array (height, width, 3) or a tensor (3, height, width).
 
-    `name` is what errors call it. Bytes stay bytes; other numbers must be in [0, 1] and stay as they are, in float32.
-    Grey becomes RGB. Raises `RequestError` for what is no image, is damaged, or has more pixels than any picture.
+    `name` is what errors call it. Pixels of bytes stay so; other numbers must be in [0, 1] and stay as they are, in
+    float32. Grey becomes RGB. Raises `RequestError` for what is no image, is damaged, or has more pixels than any
+    picture.
     """
     if isinstance(value, SourceImage):
         return value
@@ -70,34 +74,63 @@ READERS: dict[str, Callable[[Any], SourceImage]] = {
 
 def _pixels(name: str, value: Any) -> Array:
     """(height, width, channels) of bytes, or of numbers in [0, 1] in float32."""
-    if isinstance(value, PATHS):
-        path = os.fsdecode(value)
-        if path.startswith(("http://", "https://")):
+    if isinstance(value, str | os.PathLike):
+        if (path := brief(value)).startswith(("http://", "https://")):
             raise RequestError(f"{name} is an address; download the file and pass its path")
         with regular_file(value, path) as file:
-            try:
-                opened = Image.open(file, formats=FORMATS)
-            except UnidentifiedImageError:
-                known = ", ".join(FORMATS)
-                raise RequestError(f"{path} is no image that can be read; these formats are: {known}") from None
-            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # by its size in the header
-                limit = MAX_PIXELS / 1e6
-                raise RequestError(
-                    f"{path} is too large, or says so ({error}); up to {limit:.0f} megapixels are read"
-                ) from None
-            except Exception as error:  # Pillow raises whatever a damaged file leads it to
-                raise RequestError(f"{path} cannot be read as an image: {error}") from None
-            return _of_pillow(path, opened)
+            return _of_file(path, file)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _of_bytes(name, value)
     if isinstance(value, Image.Image):
         return _of_pillow(name, value)
     if is_tensor(value):
         return _of_array(name, _from_tensor(name, value), value)
     if isinstance(value, np.ndarray):
         return _of_array(name, value[0] if value.ndim == 4 and len(value) == 1 else value, value)
+    if hasattr(value, "read"):
+        return _of_bytes(name, _content(name, value))
     raise RequestError(
-        f"{name} must be a path, a Pillow image, an array (height, width, 3) or a tensor (3, height, width); got "
-        f"{shown(value)}"
+        f"{name} must be a path, the bytes of an image file or an open one, a Pillow image, an array (height, width, "
+        f"3) or a tensor (3, height, width); got {shown(value)}"
     )
+
+
+def _content(name: str, file: Any) -> bytearray:
+    """All that is in an open file, from its beginning where it can go back there, or a byte more than is read."""
+    content = bytearray()
+    try:
+        with suppress(AttributeError, OSError, ValueError):
+            file.seek(0)
+        while len(content) <= MAX_FILE_BYTES and (part := file.read(min(2**20, MAX_FILE_BYTES + 1 - len(content)))):
+            content += part
+    except Exception as error:  # whatever an object with `read` raises, or the sum where that gives no bytes
+        raise RequestError(
+            f"{name} is a file that cannot be read ({error}); pass one that is open for reading in binary mode"
+        ) from None
+    return content
+
+
+def _of_bytes(name: str, content: bytes | bytearray | memoryview) -> Array:
+    size = memoryview(content).nbytes
+    if size > MAX_FILE_BYTES:
+        raise RequestError(f"{name} has more than {MAX_FILE_BYTES / 2**20:.0f} MiB, and no more are read")
+    return _of_file(f"{name} ({size} bytes)", io.BytesIO(bytes(content)))
+
+
+def _of_file(name: str, file: IO[bytes]) -> Array:
+    try:
+        opened = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise RequestError(f"{name} is no image that can be read; these formats are: {known}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # by its size in the header
+        limit = MAX_PIXELS / 1e6
+        raise RequestError(
+            f"{name} is too large, or says so ({error}); up to {limit:.0f} megapixels are read"
+        ) from None
+    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+        raise RequestError(f"{name} cannot be read as an image: {error}") from None
+    return _of_pillow(name, opened)
 
 
 def _of_pillow(name: str, image: Image.Image) -> Array:

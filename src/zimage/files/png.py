@@ -26,6 +26,8 @@ KEYWORD = "zimage"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 8192**2
 """Largest file and image that are read: an uncompressed picture of the models' largest sides fits."""
+MAX_SHOWN = 60
+"""Characters of a path that messages show."""
 MAX_JPEG_EXIF = 65_000
 """A JPEG segment ends at 65535 bytes."""
 
@@ -107,7 +109,7 @@ def read_recipe(source: AnyPath | IO[bytes] | Image.Image) -> Recipe:
         return _recipe_in(source, "this image")
     if not isinstance(source, PATHS):
         return _read(source, "this file")
-    name = os.fsdecode(source)
+    name = brief(source)
     with regular_file(source, name) as file:
         return _read(file, name)
 
@@ -134,6 +136,12 @@ def _recipe_in(image: PngImageFile, name: str) -> Recipe:
             f"{name} has no zimage recipe: it was made by another program, saved without one, or edited since"
         )
     return Recipe.from_json(str(text))
+
+
+def brief(path: AnyPath) -> str:
+    """A path as messages show it: of a long one, or of an image that was passed for one, the beginning and the end."""
+    name = os.fsdecode(path)
+    return name if len(name) <= MAX_SHOWN else f"{name[:17]}...{name[20 - MAX_SHOWN :]}"
 
 
 def regular_file(path: AnyPath, name: str) -> IO[bytes]:
