@@ -186,11 +186,11 @@ def _require_variant(recipe: Recipe, source: str, shift: float | None = None) ->
     found = None
     with suppress(CheckpointError, OSError, RuntimeError, ValueError):  # which loading tells better
         found = known_variant(source, None)
-        if found is None:
-            if shift is None:
-                from ..checkpoint.configs import read_schedule
+        if found is None and shift is None:
+            from ..checkpoint.inspect import inspect_checkpoint
 
-                shift, _ = read_schedule(Path(source).expanduser())
+            found = VARIANTS.get(inspect_checkpoint(Path(source).expanduser()).variant or "")
+        elif found is None:
             found = detect_variant(variant=None, hub_id=None, shift=shift)
     wanted = recipe.request
     if found is not None and found.name != wanted.variant and found.shift != wanted.shift:
