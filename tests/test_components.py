@@ -62,6 +62,10 @@ def test_another_precision_gives_almost_the_same_picture(turbo: ZImagePipeline, 
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
     assert own_turbo.to("cpu", torch.float32).dtype == torch.float32
     assert own_turbo.to(device="cpu").to(dtype="float16").dtype == torch.float16
+    assert own_turbo.to("float32").dtype == torch.float32
+    assert own_turbo.to("cpu", "float16").dtype == own_turbo.to("float16", "cpu").dtype == torch.float16
+    with pytest.raises(RequestError, match=r"dtype must be .*, got torch.float64"):
+        own_turbo.to("float64")
 
 
 def test_saved_and_loaded_again_it_gives_the_same_bits(turbo: ZImagePipeline, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import zimage
 SOURCE = Path(zimage.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     (
+        "arrays",
         "errors",
         "editing",
         "equality",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 
 from zimage import GenerationRequest, RequestError, ZImageError, ZImagePipeline
 from zimage.components import limits_of
+from zimage.editing import SourceImage
+from zimage.request import expand_requests
 from zimage.rules import MAX_AREA, MAX_SEED, MIN_AREA, Limits, number, shown
 from zimage.variants import BASE, TURBO, VARIANTS
 
@@ -336,6 +338,33 @@ def test_sigmas_of_any_kind_give_the_number_of_steps(kind: Any) -> None:
     resolved = GenerationRequest("x", sigmas=kind([1.0, 0.5, 0.25])).resolve(TURBO)
     assert resolved.sigmas == (1.0, 0.5, 0.25)
     assert resolved.num_inference_steps == 3
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_flags_and_lists_of_numbers_may_be_arrays(array: Any) -> None:
+    image = SourceImage(width=512, height=512, digest="0" * 64)
+    same = {"sampler": "euler", "num_inference_steps": 6, "seed": 1}
+    lists: dict[str, Any] = {"padding": [32, 0, 32, 0], "cache": [0, 1, 2, 5], "any_size": True, "keep_steps": True}
+    asked = GenerationRequest(
+        "x", image=image, strength=0.9, **same, **{name: array(one) for name, one in lists.items()}
+    )
+    assert asked.resolve(BASE) == GenerationRequest("x", image=image, strength=0.9, **same, **lists).resolve(BASE)
+    off = array(False)
+    assert GenerationRequest("x", **same, keep_steps=off, any_size=off).resolve(BASE) == GenerationRequest(
+        "x", **same
+    ).resolve(BASE)
+    seeds = [request.seed for request in expand_requests("x", num_images_per_prompt=2, seed=array([1, 5]))]
+    assert seeds == [1, 5]
+    for name, value in (
+        ("any_size", 1),
+        ("keep_steps", 1.0),
+        ("cache", [0.0, 1.0, 5.0]),
+        ("padding", [[1, 2], [3, 4]]),
+    ):
+        with pytest.raises(RequestError, match=name):
+            replace(asked, **{name: array(value)}).resolve(BASE)
+    with pytest.raises(RequestError, match="seed must be a whole number"):
+        expand_requests("x", num_images_per_prompt=2, seed=array([[1, 2]]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -71,7 +71,7 @@ class Adapted(Placed):
         Args:
             source: a safetensors file, a folder with one, a hub id, or "owner/name/file.safetensors" there, as PEFT,
                 diffusers, kohya's scripts, ai-toolkit or ComfyUI write it; DoRA too.
-            name: what to call it, by default the file's name without its end.
+            name: what to call it, by default the file's or the folder's name without its end.
             strength: of pictures that do not say otherwise; 1 is as trained, 0 off until a picture asks for it.
             weight_name: the file in a folder or repository that has several.
             revision, cache_dir, token, local_files_only: as for `from_pretrained`.
@@ -89,7 +89,8 @@ class Adapted(Placed):
             token=token,
             local_files_only=local_files_only,
         )
-        called = adapter_name(PurePath(place.name).stem[:64].strip() if name is None else name)
+        named = PurePath(place.name if place.hub else os.path.abspath(place.name))
+        called = adapter_name(named.stem[:64].strip() if name is None else name)
         remembered = place.name if place.hub else runtime.portable_path(place.file)
         adapter, notices = load(place, layers_of(self.transformer), self.variant.name, remembered)
         for notice in notices:  # first, because warnings may be errors

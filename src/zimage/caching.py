@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from .arrays import plain
 from .editing import skipped_steps
 from .errors import RequestError
 from .rules import integer, shown
@@ -42,7 +43,7 @@ def resolve_cache(
             f"cache predicts steps of one evaluation ({' and '.join(ONE_EVALUATION)}), got {came}; "
             f"pass sampler={ONE_EVALUATION[0]!r}, or leave cache out"
         )
-    needed = _needed(levels, truncation)
+    needed, cache = _needed(levels, truncation), plain(cache)
     if isinstance(cache, str):
         if cache not in CACHES:
             raise RequestError(f"cache must be {' or '.join(map(repr, CACHES))} or a list of steps, got {cache!r}")

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from .arrays import plain
 from .errors import RequestError
-from .rules import Limits, integer, number, shown
+from .rules import Limits, flag, integer, number, shown
 
 if TYPE_CHECKING:
     from .request import GenerationRequest
@@ -65,7 +66,8 @@ def resolve_editing(request: GenerationRequest, limits: Limits) -> Editing:
     image, mask = _source("image", request.image), _source("mask_image", request.mask_image)
     if image is None:
         for name in ("mask_image", "strength", "padding", "keep_steps"):
-            if getattr(request, name) is not None and getattr(request, name) is not False:
+            given = plain(getattr(request, name))
+            if given is not None and given is not False:
                 raise RequestError(f"{name} is about an image and none is given; pass image, or leave {name} out")
         return Editing(control_image=control, controlnet_conditioning_scale=scale)
     if request.latents is not None:
@@ -82,9 +84,7 @@ def resolve_editing(request: GenerationRequest, limits: Limits) -> Editing:
     strength = number("strength", usual if request.strength is None else request.strength, 0.0, 1.0)
     if strength == 0:
         raise RequestError("strength must be above 0: with 0 the picture is the image; raise it, up to 1")
-    if not isinstance(request.keep_steps, bool):
-        raise RequestError(f"keep_steps must be True or False, got {shown(request.keep_steps)}")
-    keeps = request.keep_steps and strength < 1
+    keeps = flag("keep_steps", request.keep_steps) and strength < 1
     return Editing(
         image=image,
         mask_image=mask,
@@ -141,7 +141,8 @@ def _source(name: str, value: Any) -> SourceImage | None:
 def _padding(padding: int | Sequence[int] | None, limits: Limits) -> tuple[int, ...]:
     if padding is None:
         return ()
-    listed = [padding] * len(SIDES) if isinstance(padding, Integral) else padding
+    asked = plain(padding)
+    listed = [asked] * len(SIDES) if isinstance(asked, Integral) else asked
     if not isinstance(listed, list | tuple) or len(listed) != len(SIDES):
         raise RequestError(f"padding must be pixels on {', '.join(SIDES)}, or one number for all; got {shown(padding)}")
     pixels = tuple(

@@ -235,13 +235,14 @@ class Parts(Controlled):
             save_components(parts, folder, max_shard_size=max_shard_size)
 
     def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> Self:
-        """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself.
+        """Move to a device, a dtype or both, as `torch.nn.Module.to` does; returns the pipeline itself. Names will do.
 
         `RequestError` if parts of it are streamed.
         """
         for target in targets:
-            if isinstance(target, torch.dtype):
-                dtype = target
+            named = getattr(torch, target, None) if isinstance(target, str) else target
+            if isinstance(named, torch.dtype):
+                dtype = named
             else:
                 device = target
         place = self.device if device is None else runtime.choose_device(device)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .arrays import plain
 from .caching import noise_levels, resolve_cache
 from .editing import SourceImage, check_steps, resolve_editing, skipped_steps
 from .equality import Comparable
@@ -336,7 +337,7 @@ def _listed_images(name: str, value: Any) -> list[Any] | None:
 def _expand_seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:
     if seed is None:
         return [None] * count
-    if isinstance(seed, Sequence):
+    if isinstance(seed := plain(seed), Sequence):
         if len(seed) != count:
             raise RequestError(f"seed has {len(seed)} entries for {count} images; pass one seed, or one for each image")
         return list(seed)

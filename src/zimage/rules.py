@@ -15,6 +15,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from .arrays import plain
 from .errors import RequestError
 from .variants import Variant
 
@@ -115,9 +116,7 @@ def resolve_size(
             raise RequestError(f"{name} must be a multiple of {step}, got {side}; try {choices}")
         sides.append(side)
     height, width = sides
-    if not isinstance(request.any_size, bool):
-        raise RequestError(f"any_size must be True or False, got {shown(request.any_size)}")
-    if not request.any_size:
+    if not flag("any_size", request.any_size):
         remedy = "Choose such a size" if canvas is None else "Pass height or width, to which the image is scaled"
         check_area(height, width, limits, remedy)
     return height, width
@@ -325,6 +324,12 @@ def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
         came = value if abs(number) < _LONGEST else "one of more than 30 digits"
         raise RequestError(f"{name} must be a whole number from {minimum} to {maximum}, got {came}")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(plain(value), bool):
+        raise RequestError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
 
 
 def number(name: str, value: Any, minimum: float, maximum: float) -> float:

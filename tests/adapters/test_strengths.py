@@ -181,6 +181,18 @@ def test_names_that_cannot_be(pipe: ZImagePipeline, ink: Path, name: Any) -> Non
         pipe.load_adapter(ink, name)
 
 
+def test_a_folder_that_is_named_by_a_dot_has_a_name(
+    pipe: ZImagePipeline, ink: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy" / "inner").mkdir(parents=True)
+    (tmp_path / "toy" / "ink.safetensors").write_bytes(ink.read_bytes())
+    (tmp_path / "linked").symlink_to(tmp_path / "toy")
+    for folder, source in (("toy", "."), ("toy/inner", ".."), ("", "linked")):
+        monkeypatch.chdir(tmp_path / folder)
+        pipe.load_adapter(source)
+        pipe.delete_adapters("linked" if source == "linked" else "toy")
+
+
 def test_scripts_for_diffusers_run(pipe: ZImagePipeline, ink: Path, draw: Draw) -> None:
     """Their order of loading, setting and scaling."""
     none = draw(pipe)

@@ -13,6 +13,7 @@ from zimage import __version__
 from zimage.variants import VARIANTS
 
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "PIL", "tqdm", "huggingface_hub", "rich"}
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,26 @@ def test_every_failure_is_one_line_and_a_code(
     monkeypatch.setattr("zimage.cli.checkpoints.table", fail)
     ended = zimage("variants")
     assert (ended.code, ended.out, ended.err) == (code, "", said)
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_an_interrupt_while_modules_are_imported(
+    process: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path, module: str
+) -> None:
+    """Of the command itself, or what it needs; in a text that is run, which Python itself makes more of."""
+    (tmp_path / f"{module}.py").write_text(f"import os, signal\nexec('{INTERRUPT}')\n")
+    with process("generate", "a fox", "-m", "demo") as started:
+        out, err = started.communicate()
+    said = b"zimage: cancelled\n" if module == "typer" else b"zimage: cancelled, nothing written\n"
+    assert (started.returncode, out, err) == (130, b"", said)
+
+
+def test_an_interrupt_when_all_is_done(process: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit, os, signal\natexit.register(lambda: {INTERRUPT})\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with process("--version", env={**os.environ, "PYTHONPATH": path}) as started:
+        out, err = started.communicate()
+    assert (started.returncode, out, err) == (0, f"{__version__}\n".encode(), b"")
 
 
 def test_debug_shows_where_an_error_comes_from(zimage: Callable[..., Any]) -> None:

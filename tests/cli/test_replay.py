@@ -190,6 +190,25 @@ def test_another_model_can_be_given(zimage: Callable[..., Any], drawn: Picture, 
     assert (ended.code, ended.out) == (0, "same bits\n")
 
 
+def test_a_model_of_the_other_variant_is_named_before_it_is_loaded(
+    zimage: Callable[..., Any], drawn: Picture, file: Path, turbo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "zimage: the picture was made by a base model, and {} is a turbo model; pass a base model as --model\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(ZImagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+        for other in (turbo, "turbo", "demo-turbo"):
+            ended = zimage("replay", file, "--model", other, "-q")
+            assert (ended.code, ended.out, ended.err) == (2, "", said.format(other))
+    # one on the hub is known by what was loaded
+    own = ZImagePipeline.from_pretrained
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", lambda _, **options: own(turbo, **options))
+    assert zimage("replay", file, "--model", "someone/model", "-q").err == said.format("someone/model")
+    # whoever draws with the schedule of the other variant means it
+    request = replace(recipe_of(drawn).request, shift=VARIANTS["turbo"].shift)
+    save_png(drawn, file.with_name("own.png"), replace(recipe_of(drawn), request=request))
+    assert zimage("replay", "own.png", "--model", turbo, "-q").code == 1
+
+
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
     """A hub that has nothing: its address, and the paths that it was asked for."""

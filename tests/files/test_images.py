@@ -228,8 +228,8 @@ def test_messages_show_little_of_a_path(text: str) -> None:
     for read in (*READERS.values(), read_recipe):
         with pytest.raises(RequestError) as refused:
             read(text)
-        assert f"{text[:17]}...{text[-40:]}" in str(refused.value)
-        assert len(str(refused.value)) < 120
+        assert f"{text[:57]}...{text[-140:]}" in str(refused.value)
+        assert len(str(refused.value)) < 260
 
 
 def test_an_image_below_pillows_own_limit_is_refused_by_ours(tmp_path: Path) -> None:

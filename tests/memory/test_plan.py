@@ -254,7 +254,9 @@ def test_the_margin() -> None:
         ("16GB", 16 * 10**9),
         (" 12.5 gib ", int(12.5 * GIB)),
         ("8192MiB", 8 * GIB),
-        (123456, 123456),
+        (12345678, 12345678),
+        (10**11, 10**11),
+        ("500KB", 500_000),
         ("1500000", 1500000),
     ],
 )
@@ -267,6 +269,13 @@ def test_amounts(text: Any, count: int | None) -> None:
 )
 def test_what_is_no_amount(text: Any) -> None:
     with pytest.raises(RequestError, match="memory must be 'auto' or an amount like '16GB'"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("16", "16GB"), (16, "16GB"), ("12.5", "12.5GB"), (24576, "24576MB")])
+def test_an_amount_whose_unit_was_forgotten(text: Any, wanted: str) -> None:
+    message = f"memory must have a unit, got {text!r}, which is so many bytes; write '{wanted}'"
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         parse_memory(text)
 
 

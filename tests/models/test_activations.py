@@ -243,7 +243,7 @@ def test_what_it_cannot_be_asked_for_with(turbo_folder: Path) -> None:
     with pytest.raises(RequestError, match="needs weight_dtype"):
         make_plan(RELEASED, plan.work, plan.budget, quantize_activations=True)  # type: ignore[union-attr]
     with pytest.raises(NotEnoughMemory):
-        plain(turbo_folder, memory=1000, weight_dtype="int8", quantize_activations=True)
+        plain(turbo_folder, memory="1KB", weight_dtype="int8", quantize_activations=True)
 
 
 def test_compiled_blocks_give_the_same_bits(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

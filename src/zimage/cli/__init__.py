@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -39,20 +40,24 @@ app.command()(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit. Without `arguments` it is the process's own, whose end no Ctrl-C disturbs."""
     state = State()
     with warnings.catch_warnings():
         _show_own_warnings_plainly(state)
         try:
-            code = app(args=arguments, prog_name="zimage", standalone_mode=False, obj=state)
-            if code == CANCELLED:
-                raise typer.Abort
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            try:
+                code = app(args=arguments, prog_name="zimage", standalone_mode=False, obj=state)
+                if code == CANCELLED:
+                    raise typer.Abort
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+            finally:
+                if arguments is None:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
         except BrokenPipeError:  # whoever read our output has enough of it, as `head` has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if state.debug:
                 import traceback
 
@@ -93,8 +98,8 @@ def _options_of(context: typer.Context) -> dict[str, str]:
     return {parameter: names[0] for parameter, names in named.items() if names}
 
 
-def _message(error: Exception, state: State) -> str:
-    if isinstance(error, typer.Abort):
+def _message(error: BaseException, state: State) -> str:
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
         return "cancelled, nothing written"
     if hasattr(error, "format_message"):  # a usage error; its class moved between versions of Typer
         return f"{error.format_message()} (see zimage --help)"
@@ -104,8 +109,8 @@ def _message(error: Exception, state: State) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, Cancelled | typer.Abort):
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Cancelled | typer.Abort | KeyboardInterrupt):
         return CANCELLED
     if isinstance(error, RequestError):
         return 2

@@ -37,6 +37,7 @@ from .options import (
     Memory,
     QuantizeActivations,
     Quiet,
+    Size,
     TextEncoder,
     Transformer,
     Vae,
@@ -77,7 +78,7 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option("--negative", "--negative-prompt", help="What to steer away from (base).")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
+    size: Size = None,
     height: Annotated[int | None, typer.Option(hidden=True)] = None,
     width: Annotated[int | None, typer.Option(hidden=True)] = None,
     num_inference_steps: Annotated[

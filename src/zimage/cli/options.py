@@ -34,6 +34,17 @@ class State:
     options: dict[str, str] = field(default_factory=dict)
 
 
+def _sides_by_size(context: typer.Context, size: str | None) -> str | None:
+    """Where `--size` is given, what is said of a picture's sides is said of it."""
+    if size is not None and isinstance(context.obj, State):
+        context.obj.options |= {"height": "--size", "width": "--size"}
+    return size
+
+
+Size = Annotated[
+    str | None,
+    typer.Option("--size", help="1280x720 (width x height), or one number for a square.", callback=_sides_by_size),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu; the best if not given.")]
 Memory = Annotated[str | None, typer.Option("--memory", help="Of the device, at most: 16GB, 12GiB; or auto.")]

@@ -21,6 +21,7 @@ from .options import (
     Dtype,
     Json,
     QuantizeActivations,
+    Size,
     TextEncoder,
     Transformer,
     Vae,
@@ -38,7 +39,7 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option("--host-memory", help="Of the machine; what is free here if not given.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="1280x720 (width x height), or one number for a square.")] = None,
+    size: Size = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     image: Annotated[bool, typer.Option("--image", help="Also what encoding an image to start from needs.")] = False,
     hires: Annotated[

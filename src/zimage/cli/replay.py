@@ -19,7 +19,7 @@ from ..files.recipe import FILE_KEYS
 from ..memory.planner import FULL, WITH_ACTIVATIONS
 from ..memory.sizes import STORED_BYTES
 from ..rules import rounds_attention
-from ..variants import VARIANTS
+from ..variants import VARIANTS, detect_variant
 from .options import (
     CacheDir,
     ControlImage,
@@ -35,6 +35,7 @@ from .options import (
     TextEncoder,
     Transformer,
     Vae,
+    known_variant,
     read_images,
     read_loras,
 )
@@ -94,6 +95,8 @@ def replay(
     pipe = _load(
         recipe, model, files, device, memory=memory or "auto", cache_dir=cache_dir, local_files_only=local_files_only
     )
+    if model:
+        _require_variant(recipe, model, pipe.shift)
     _set_attention(pipe, recipe)
     _load_adapters(pipe, recipe, given, cache_dir=cache_dir, local_files_only=local_files_only)
     _load_controlnet(pipe, recipe, controlnet, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -143,6 +146,8 @@ def _load(
     for name in [] if model else [source, *recorded_files.values()]:
         if name.startswith(("\\\\", "//")):
             raise RequestError(f"the file names a model on another machine, {name}; pass --model if that is right")
+    if model:
+        _require_variant(recipe, model)
     released = any(source == variant.hub_id for variant in VARIANTS.values())
     trusted = bool(model) or (released and not recorded_files)
     recorded = recipe.model["revision"]
@@ -173,6 +178,26 @@ def _load(
             raise
         ask = "".join(f", --{part.replace('_', '-')}" for part in recorded_files)
         raise CheckpointError(f"{error}; the file names this model: pass --model{ask} to download it") from None
+
+
+def _require_variant(recipe: Recipe, source: str, shift: float | None = None) -> None:
+    """Raises `RequestError` for a model of the other variant, as far as its name tells, or the schedule in its folder,
+    or `shift`. One that was said to be a variant though its schedule is the other's may be so again."""
+    found = None
+    with suppress(CheckpointError, OSError, RuntimeError, ValueError):  # which loading tells better
+        found = known_variant(source, None)
+        if found is None and shift is None:
+            from ..checkpoint.inspect import inspect_checkpoint
+
+            found = VARIANTS.get(inspect_checkpoint(Path(source).expanduser()).variant or "")
+        elif found is None:
+            found = detect_variant(variant=None, hub_id=None, shift=shift)
+    wanted = recipe.request
+    if found is not None and found.name != wanted.variant and found.shift != wanted.shift:
+        raise RequestError(
+            f"the picture was made by a {wanted.variant} model, and {source} is a {found.name} model; pass a "
+            f"{wanted.variant} model as --model"
+        )
 
 
 def _set_attention(pipe: ZImagePipeline, recipe: Recipe) -> None:

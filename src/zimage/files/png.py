@@ -26,7 +26,7 @@ KEYWORD = "zimage"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 8192**2
 """Largest file and image that are read: an uncompressed picture of the models' largest sides fits."""
-MAX_SHOWN = 60
+MAX_SHOWN = 200
 """Characters of a path that messages show."""
 MAX_JPEG_EXIF = 65_000
 """A JPEG segment ends at 65535 bytes."""
@@ -141,7 +141,7 @@ def _recipe_in(image: PngImageFile, name: str) -> Recipe:
 def brief(path: AnyPath) -> str:
     """A path as messages show it: of a long one, or of an image that was passed for one, the beginning and the end."""
     name = os.fsdecode(path)
-    return name if len(name) <= MAX_SHOWN else f"{name[:17]}...{name[20 - MAX_SHOWN :]}"
+    return name if len(name) <= MAX_SHOWN else f"{name[:57]}...{name[60 - MAX_SHOWN :]}"
 
 
 def regular_file(path: AnyPath, name: str) -> IO[bytes]:

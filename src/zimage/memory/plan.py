@@ -17,6 +17,8 @@ MARGIN, LEAST_MARGIN = 0.1, 1 << 30
 """Of a card's memory, what is left to its driver, to libraries' workspace and to gaps between blocks: a tenth, and at
 least a GiB. Of the host's, a tenth."""
 
+_LEAST = 10**6
+"""Bytes below which the unit of a number without one was forgotten: no model fits in so few."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -189,20 +191,23 @@ class Plan:
 
 
 def parse_memory(text: str | int) -> int | None:
-    """Bytes of "16GB", "12.5 GiB" or a number of bytes; `None` for "auto". Raises `RequestError` for anything else.
+    """Bytes of "16GB", "12.5 GiB" or a number of bytes, a million at least; `None` for "auto". Raises `RequestError`
+    for anything else.
 
     GB are 10⁹ bytes and GiB 2³⁰, as cards are sold and as tools count.
     """
     if text == "auto":
         return None
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= _LEAST:
         return text
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE) if isinstance(
-        text, str
-    ) else None  # fmt: skip
+    written = str(text) if isinstance(text, str | int) and not isinstance(text, bool) else ""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([KMG]?i?B?)\s*", written, re.IGNORECASE)
     amount = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
-    if amount < 1:
+    if amount < 1 or match is None:
         raise RequestError(f"memory must be 'auto' or an amount like '16GB' or '12GiB', got {text!r}")
+    if amount < _LEAST and not match[2]:
+        unit = "GB" if amount < 1000 else "MB"
+        raise RequestError(f"memory must have a unit, got {text!r}, which is so many bytes; write '{match[1]}{unit}'")
     return int(amount)
 
 
