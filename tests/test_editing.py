@@ -131,6 +131,7 @@ def test_predicted_steps_are_counted_in_the_run_that_is_left() -> None:
         ({"padding": (0, 0, 0, 0)}, "padding is 0 on every side"),
         ({"padding": (8, 8)}, "padding must be pixels on left, top, right, bottom"),
         ({"padding": "8888"}, "padding must be pixels"),
+        ({"image": replace(IMAGE, width=4, height=30000), "padding": (8192, 0, 0, 0)}, "is 8196x30000, 246 megapixels"),
         ({"padding": (8, 8, 8, -8)}, "padding on the bottom must be a whole number from 0 to 8192, got -8"),
         ({"padding": (8.5, 8, 8, 8)}, "padding on the left must be a whole number"),
         ({"height": 10**400}, "height must be a whole number from 1 to 8192"),

@@ -22,6 +22,8 @@ STRENGTH, STRENGTH_OF_MASKS = 0.6, 1.0
 """Where none is given: of diffusers' ZImageImg2ImgPipeline, and of its ZImageInpaintPipeline."""
 CONTROL_SCALE, MAX_CONTROL_SCALE = 0.75, 2.0
 """How much of a ControlNet is added: by default as in diffusers' ZImageControlNetPipeline, and at most."""
+MAX_CANVAS = 2**27
+"""Pixels of an image with its padding: twice the largest image that is read."""
 SIDES = ("left", "top", "right", "bottom")
 """The order of `padding`: Pillow's, as in its boxes and `ImageOps.expand`."""
 
@@ -80,6 +82,12 @@ def resolve_editing(request: GenerationRequest, limits: Limits) -> Editing:
             f"mask_image must have the size of image, {image.width}x{image.height}; it is {mask.width}x{mask.height}"
         )
     padding = _padding(request.padding, limits)
+    height, width = canvas_size(image, padding)
+    if height * width > MAX_CANVAS:
+        raise RequestError(
+            f"the image with its padding is {width}x{height}, {height * width / 1e6:.0f} megapixels; up to "
+            f"{MAX_CANVAS / 1e6:.0f} are laid out, so take less padding"
+        )
     usual = STRENGTH if mask is None and not padding else STRENGTH_OF_MASKS
     strength = number("strength", usual if request.strength is None else request.strength, 0.0, 1.0)
     if strength == 0:
