@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 
 _CANCELLED = 130
 """As the commands have it, which are not imported yet."""
@@ -21,6 +22,9 @@ def main() -> None:
         if ended.code != _CANCELLED:
             raise
     # Not by sys.exit: an interrupt within `exec`, as of a dataclass, has Python end by the signal though it was caught.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, or nobody reads it any more
+            stream.flush()
     os._exit(_CANCELLED)
 
 

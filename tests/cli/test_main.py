@@ -92,11 +92,11 @@ def test_an_interrupt_while_modules_are_imported(
     process: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path, module: str
 ) -> None:
     """Of the command itself, or what it needs; in a text that is run, which Python itself makes more of."""
-    (tmp_path / f"{module}.py").write_text(f"import os, signal\nexec('{INTERRUPT}')\n")
+    (tmp_path / f"{module}.py").write_text(f"import os, signal\nprint('begun')\nexec('{INTERRUPT}')\n")
     with process("generate", "a fox", "-m", "demo") as started:
         out, err = started.communicate()
     said = b"zimage: cancelled\n" if module == "typer" else b"zimage: cancelled, nothing written\n"
-    assert (started.returncode, out, err) == (130, b"", said)
+    assert (started.returncode, out, err) == (130, b"begun\n", said)
 
 
 def test_an_interrupt_when_all_is_done(process: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path) -> None:
