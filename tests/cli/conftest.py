@@ -67,7 +67,8 @@ def process(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
 
     def start(*arguments: object, **options: object) -> "subprocess.Popen[bytes]":
         pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-        environment = {key: value for key, value in os.environ.items() if key != "ZIMAGE_MODEL"}
+        unset = ("ZIMAGE_MODEL", "PYTHONUNBUFFERED")
+        environment = {key: value for key, value in os.environ.items() if key not in unset}
         command = [sys.executable, "-m", "zimage", *map(str, arguments)]
         interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         return subprocess.Popen(command, **{"cwd": tmp_path, "env": environment, **pipes, **interruptible, **options})  # type: ignore[call-overload,no-any-return]
