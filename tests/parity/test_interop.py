@@ -105,6 +105,14 @@ def test_what_lacks_a_layer_is_not_saved_by_diffusers(pair: Pair, tmp_path: Path
     assert (diffusers_latents(again) - original).abs().max() <= 1e-6 * original.abs().max()
 
 
+def test_a_transformer_that_diffusers_saves_is_its_own(pair: Pair, tmp_path: Path) -> None:
+    pair.ours.to_diffusers().transformer.save_pretrained(tmp_path)
+    again = diffusers.AutoModel.from_pretrained(str(tmp_path))
+    assert type(again) is diffusers.ZImageTransformer2DModel
+    saved = pair.ours.transformer.state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in again.state_dict().items())
+
+
 def test_there_and_back(pair: Pair) -> None:
     back = ZImagePipeline.from_diffusers(pair.ours.to_diffusers())
     assert back.transformer is pair.ours.transformer

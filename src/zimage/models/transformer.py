@@ -98,6 +98,12 @@ class ZImageTransformer(ZImageTransformer2DModel):
         shared.__dict__.update(transformer.__dict__)
         return shared
 
+    def to_json_string(self) -> str:
+        """The config as diffusers writes it, under the name of its own class: so what it saves it can load."""
+        own, theirs = (f'"_class_name": "{one.__name__}"' for one in (type(self), ZImageTransformer2DModel))
+        written: str = super().to_json_string()
+        return written.replace(own, theirs)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type that blocks compute in: that of the norms, which no quantisation touches."""
