@@ -14,17 +14,17 @@ def main() -> None:
     try:
         from .cli import main as command
 
-        command()
+        return command()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("zimage: cancelled", file=sys.stderr, flush=True)
     except SystemExit as ended:
         if ended.code != _CANCELLED:
             raise
-    # Not by sys.exit: an interrupt within `exec`, as of a dataclass, has Python end by the signal though it was caught.
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # closed, or nobody reads it any more
             stream.flush()
+    # Not by sys.exit: an interrupt within `exec`, as of a dataclass, has Python end by the signal though it was caught.
     os._exit(_CANCELLED)
 
 
