@@ -27,7 +27,7 @@ from zimage.variants import BASE, TURBO, VARIANTS, Variant
 from .conftest import CountForwards
 
 
-class Named(str, Enum):
+class Named(str, Enum):  # noqa: UP042 - as most write it
     """As web frameworks check what they are asked for."""
 
     HEUN = "heun"

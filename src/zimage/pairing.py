@@ -33,7 +33,7 @@ from .pipeline import ZImagePipeline
 from .variants import BASE, TURBO, Variant, detect_variant
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 NAMES = (BASE.name, TURBO.name)
 _SHARED = {"vae": "VAE", "text_encoder": "text encoder"}

@@ -39,7 +39,7 @@ from .rules import Limits
 from .variants import detect_variant
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _CAPTION_TOKENS = 128
 """Of a prompt of some length, beside which attention is measured."""

@@ -37,7 +37,7 @@ from .request import ResolvedRequest
 from .rules import shown
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _MODELS = ("text_encoder", "transformer", "autoencoder")
 _COMPONENTS = ("text_encoder", "transformer", "vae", "controlnet")

@@ -35,7 +35,7 @@ from .request import AnyRequest, ResolvedRequest
 from .sampling.samplers import SamplerStep
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 BothChosen = tuple[Chosen, Chosen]
 """What acts beside each model, base and Turbo."""
