@@ -25,8 +25,9 @@ STAYS = "adaLN_modulation"
 class Copier(Protocol):
     """How layers come into their places.
 
-    `start` begins to fill `place` once what `free` stands for has happened (`None`: at once), and returns a ticket;
-    `wait` lets what is computed from now on see the filled place; `mark` stands for all that is computed until now.
+    `start` begins to fill `place` once what `free` stands for has happened, and returns a ticket; a place that is let
+    go of meanwhile is nobody else's memory before it is filled. `wait` lets what is computed from now on see the filled
+    place; `mark` stands for all that is computed until now.
     """
 
     def start(self, place: Tensor, source: Any, free: Any) -> Any: ...
@@ -109,7 +110,10 @@ class Ring:
         size = max((layer.size for layer in layers), default=0)
         self._copier = copier
         self._layers: Mapping[nn.Module, Layer] = {layer.module: layer for layer in layers}
-        self._places = [_Place(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
+        with torch.inference_mode(False):  # or what is not in that mode, as a copier's thread, could not write there
+            buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        # Who had this memory before may still be computing with it.
+        self._places = [_Place(buffer, free=copier.mark()) for buffer in buffers]
         self._follower = dict(pairwise([*layers, *layers[:1]]))
         self._last: Layer | None = None
         self._at_rest: list[nn.Parameter | None] = []
