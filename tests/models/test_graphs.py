@@ -295,6 +295,16 @@ def test_moving_weights_lets_go_of_recordings(turbo_folder: Path) -> None:
     assert not vars(pipe.transformer)["refine"].__self__._kept
 
 
+def test_converting_lets_go_of_recordings_at_once(turbo_folder: Path) -> None:
+    """Also where nothing would be recorded any more, as on a CPU."""
+    pipe, _ = recorded(turbo_folder)
+    latents(pipe)
+    kept = vars(pipe.transformer)["refine"].__self__._kept
+    assert kept
+    pipe.to(torch.bfloat16)
+    assert not kept
+
+
 def test_recording_that_fails_is_a_warning_and_the_same_picture(turbo_folder: Path) -> None:
     def refuse(compute: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
