@@ -34,7 +34,16 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "memory.planner",
         "memory.sizes",
     ),
-    ("sampling", "kernels", "models", "memory.copiers", "memory.ladder", "memory.meter", "memory.ring"),
+    (
+        "sampling",
+        "kernels",
+        "models",
+        "memory.copiers",
+        "memory.ladder",
+        "memory.meter",
+        "memory.ring",
+        "memory.streams",
+    ),
     ("checkpoint", "files", "prompts", "adapters", "memory.budget", "memory.residency"),
     (
         "runtime",

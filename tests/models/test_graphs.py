@@ -475,9 +475,13 @@ def test_a_cpu_has_none(turbo: ZImagePipeline) -> None:
 
 @dataclass(eq=False)
 class Stream:
-    """Of a card that is not there, on the device that was the current one."""
+    """Of a card that is not there."""
 
     device: int
+
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
 
 
 @dataclass(eq=False)
@@ -553,7 +557,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     made = Card()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
     monkeypatch.setattr(torch.cuda, "device_of", made.of)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(made.device))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", made.on)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", made.new_pool)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(made))

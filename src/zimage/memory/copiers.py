@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .streams import own_stream
+
 Source = Tensor | Callable[[Tensor], None]
 
 
@@ -42,7 +44,7 @@ class CudaCopier:
 
     def __init__(self, device: torch.device, largest: int) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zimage-weights")
         self._largest = largest
         self._staging: Tensor | None = None

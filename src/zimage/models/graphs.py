@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ZImageWarning
 from ..kernels import switch
 from ..memory.ladder import is_out_of_memory
+from ..memory.streams import own_stream
 from .compiled import computes_plainly
 from .layers import is_bare
 from .transformer import Caption, Hint, ImageGrid, Modulation, ZImageTransformer
@@ -64,7 +65,7 @@ class CUDARecorder:
             self._pool = torch.cuda.graph_pool_handle()
         device = torch.cuda.current_device()
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream()
+            self._streams[device] = own_stream(device)
         stream, graph = self._streams[device], torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
         # Other threads may allocate meanwhile, and not record. A recording that fails stays on its stream by itself.
