@@ -28,6 +28,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "request",
         "caching",
         "_version",
+        "memory.pages",
         "memory.pairs",
         "memory.peaks",
         "memory.plan",

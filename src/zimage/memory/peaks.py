@@ -6,9 +6,9 @@ Pure arithmetic, no torch. Knows no budgets' limits and does not choose (`planne
 from __future__ import annotations
 
 from itertools import zip_longest
-from math import ceil
 from typing import NamedTuple
 
+from .pages import all_locked, locked
 from .plan import Budget, Placement, Stage
 from .sizes import (
     STORED_BYTES,
@@ -86,21 +86,16 @@ def layers_of(sizes: ModelSizes, work: Work, placement: Placement) -> Layers:
 def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     """Bytes of weights that stay in the host's memory. It looks tokens up, so their embedding always does."""
     layer = layers_of(sizes, work, placement)
-    blocks = [layer.blocks[number] for number in placement.streamed]
-    blocks += [] if placement.context_resident else layer.context
+    blocks = [] if placement.context_resident else list(layer.context)
+    blocks += [layer.blocks[number] for number in placement.streamed]
     text = layer.text if placement.text_encoder == "streamed" else []
     kept = int(sum(layer.text)) if placement.text_encoder == "cpu" else 0
     passed = 0
     for source, layers in ((placement.text_source, text), (placement.block_source, blocks)):
         if source == "memory":
-            kept += sum(map(_page_locked, layers))
+            kept += all_locked(layers)
         elif layers:  # each is read into one place, which has room for any
-            passed = _page_locked(max([*text, *blocks]))
+            passed = locked(max([*text, *blocks]))
     rest = sizes.text_rest if placement.text_waits else 0
     is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
     return kept + passed + rest * work.itemsize + (STAGING if is_staged else 0)
-
-
-def _page_locked(size: float) -> int:
-    """Bytes of page-locked memory that torch takes for a layer: the next power of two (`CachingHostAllocator.h`)."""
-    return 1 << (ceil(size) - 1).bit_length() if size else 0

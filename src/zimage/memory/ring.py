@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .pages import together
+
 ALIGNMENT = 256
 """Bytes: where each parameter begins is a multiple, as in memory that a device allocates."""
 
@@ -90,6 +92,21 @@ def layout(module: nn.Module) -> tuple[tuple[Field, ...], int]:
             fields.append(Field(owner, name, f"{path}.{name}".lstrip("."), begin, parameter.shape, parameter.dtype))
             end = begin + parameter.numel() * parameter.dtype.itemsize
     return tuple(fields), end
+
+
+def host_buffers(sizes: Sequence[int], *, page_locked: bool) -> Iterator[Tensor]:
+    """For layers of so many bytes, in this order, flat buffers of the host, each allocated when it comes to it.
+    Page-locked ones lie together, as `pages` has it."""
+    if not page_locked:
+        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        return
+    apart, begin = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], 0
+    for count in together(apart):
+        end = begin + count
+        both = torch.empty(sum(apart[begin:end]), dtype=torch.uint8, pin_memory=True)
+        for size, buffer in zip(sizes[begin:end], both.split(apart[begin:end]), strict=True):
+            yield buffer[:size]
+        begin = end
 
 
 def bind(fields: Sequence[Field], buffer: Tensor) -> None:
