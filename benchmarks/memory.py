@@ -95,7 +95,7 @@ def run(folder: Path, budget: str) -> dict[str, Any]:
 
 def on_cuda(folder: str, budget: str) -> dict[str, Any]:
     """Peaks and times of a picture of 1024² on a card of that size."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # the cap is refused for one without a number
     total = torch.cuda.get_device_properties(device).total_memory
     amount = parse_memory(budget) or total
     torch.cuda.set_per_process_memory_fraction(min(1.0, amount / total), device)
@@ -209,8 +209,8 @@ def line(row: dict[str, Any]) -> str:
     ratio = row["measured"] / row["predicted"]
     said = f"{row['budget']:>7}  predicted {gib(row['predicted'])}  measured {gib(row['measured'])}  ratio {ratio:.3f}"
     if "denoising_s" in row:
-        said += f"  denoising {row['denoising_s']:.2f} s, {row['times_resident']:.2f} x resident"
-        said += f", {row['times_bound']:.2f} x max(compute, copy)"
+        said += f"  denoising {row['denoising_s']:.2f} s, {row.get('times_resident', math.nan):.2f} x resident"
+        said += f", {row.get('times_bound', math.nan):.2f} x max(compute, copy)"
     goal = f" (goal {GOALS[row['budget']]} GiB)" if row["budget"] in GOALS else ""
     return f"{said}{goal}  {row['placement']}{'  stepped down' if row['stepped_down'] else ''}"
 

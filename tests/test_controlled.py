@@ -137,6 +137,17 @@ def test_a_second_one_is_refused_and_the_first_stays(turbo_folder: Path, nets: d
     assert pipe.controlnet is None
 
 
+def test_recordings_are_let_go_of_for_it(turbo_folder: Path, nets: dict[str, Path]) -> None:
+    """No plan counts their memory."""
+    pipe = load(turbo_folder)
+    use_graphs(pipe.transformer, lambda compute: (lambda: None, compute()), "cpu")
+    pipe("a fox", seed=1, height=64, width=64, **OPTIONS)
+    kept = vars(pipe.transformer)["refine"].__self__._kept
+    assert kept
+    pipe.load_controlnet(nets["1.0"])
+    assert not kept
+
+
 def test_the_size_is_the_control_images(steered: ZImagePipeline) -> None:
     asked = {"control_image": CONTROL, "height": None, "width": None}
     assert draw(steered, **asked).shape == (1, 16, 8, 12)

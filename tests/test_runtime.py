@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,25 @@ from zimage.runtime import choose_device, describe, package_version, portable_pa
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "chosen"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    [(True, True, "cuda:1"), (True, False, "cuda:1"), (False, True, "mps"), (False, False, "cpu")],
 )
 def test_the_best_device_is_chosen(cuda: bool, mps: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert choose_device(None) == torch.device(chosen)
     assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_a_card_without_a_number_is_the_one_that_tensors_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is where a model is that is there already, also for a thread whose current card is another."""
+
+    def empty(*shape: int, device: torch.device) -> Any:
+        return SimpleNamespace(cpu=lambda: None, device=torch.device(device.type, device.index or 0))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert choose_device("cuda") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_a_runtime_is_described_in_texts(monkeypatch: pytest.MonkeyPatch) -> None:

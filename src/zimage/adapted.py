@@ -268,7 +268,10 @@ class Adapted(Placed):
         passes through the device than before.
 
         What was moved stays so if the rest fails; whoever then lets go of what is attached lets the plans count again.
+        Recordings, which no plan counts, are let go of before anything is refused for them.
         """
+        for one in self._sharing:
+            one._forget_graphs()
         before = [(one, one._plan) for one in self._sharing if one._plan is not None]
         try:
             plans = [

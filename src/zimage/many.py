@@ -25,6 +25,7 @@ from .denoiser import Preparation
 from .errors import RequestError
 from .hires import demands
 from .memory.ladder import is_out_of_memory
+from .memory.streams import own_stream
 from .models.text_encoder import Tokens
 from .output import Drawn
 from .request import AnyRequest, ResolvedRequest
@@ -265,4 +266,4 @@ def aside(device: torch.device, job: Job) -> Callable[[], Any]:
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each device: memory that a stream's work took stays with the stream."""
-    return torch.cuda.Stream(device)
+    return own_stream(device)

@@ -252,6 +252,7 @@ class Parts(Controlled):
         self._require_resident("moved or converted")
         self._require_plain("moved or converted")
         with self._turn:
+            self._forget_graphs()
             for module in (self.text_encoder.model, self.transformer, self.autoencoder.vae):
                 cast(module, dtype=precision, device=place)
             self._refresh()

@@ -294,9 +294,8 @@ class Placed:
         if self._plan is not None:
             return self._plan
         models = (self.text_encoder.model, self.transformer, self.autoencoder.vae)
-        return everything_resident(
-            sizes_of_models(*models), str(self.dtype).removeprefix("torch."), find_budget("auto", self.device)
-        )
+        budget = find_budget("auto", self.device, loaded=True)
+        return everything_resident(sizes_of_models(*models), str(self.dtype).removeprefix("torch."), budget)
 
     def _restore(self) -> None:
         drop_graphs(self.transformer)

@@ -15,16 +15,18 @@ from .errors import RequestError
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the best there is: CUDA, then MPS, then the CPU. Raises `RequestError` for one that is not there, or
-    on which nothing is computed ("meta")."""
+    """`device`, or the best there is: CUDA, then MPS, then the CPU; with the number that its tensors have, so that
+    "cuda" is one card whichever thread asks. Raises `RequestError` for one that is not there, or on which nothing is
+    computed ("meta")."""
     if device is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     chosen = named_device(device)
     with _usable(device):
-        torch.empty(0, device=chosen).cpu()  # a device that keeps no values cannot give them back
-    return chosen
+        made = torch.empty(0, device=chosen)
+        made.cpu()  # a device that keeps no values cannot give them back
+    return made.device
 
 
 def named_device(device: str | torch.device) -> torch.device:

@@ -122,7 +122,7 @@ def test_activations_are_named_and_take_nothing_more(capsys: pytest.CaptureFixtu
 
 
 def test_sources_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run(capsys, "--memory", "8GB", "--host-memory", "10GB")
+    _, out, _ = run(capsys, "--memory", "8GB", "--host-memory", "16GB")
     assert "from files (text encoder) and memory (blocks)" in out
     _, out, _ = run(capsys, "--memory", "17GiB", "--device", "cpu", "--size", 256)
     assert "streamed through 2 places on the device, from files\n" in out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zimage import GenerationRequest, ZImagePipeline
 from zimage.kernels.switch import using
-from zimage.models.graphs import use_graphs
+from zimage.models.graphs import use_graphs, uses_graphs
 from zimage.testing import build_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +81,61 @@ def test_weights_that_move_and_memory_that_is_given_back(folder: Path) -> None:
     pipe.uncompile()
     torch.cuda.synchronize()
     assert torch.equal(latents(pipe), expected)
+
+
+def test_recordings_are_made_again_once_memory_was_given_back(folder: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    expected = latents(pipe)
+    pipe.compile(cuda_graphs=True)
+    for _ in range(3):
+        pipe.text_encoder.forget()
+        assert torch.equal(latents(pipe), expected)
+        pipe._forget_graphs()
+        torch.cuda.empty_cache()
+    assert uses_graphs(pipe.transformer)
+
+
+def test_a_pipeline_that_is_closed_takes_nothing_from_another(folder: Path) -> None:
+    """Not what cuBLAS works in, which a graph has by its address."""
+    first, second = (ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16") for _ in range(2))
+    expected = latents(second)
+    for pipe in (first, second):
+        pipe.compile(cuda_graphs=True).text_encoder.forget()
+        latents(pipe)
+    first.close()
+    elsewhere = torch.full((2**28,), 7, dtype=torch.int32, device="cuda")  # where the memory of the first was, if freed
+    for _ in range(3):
+        second.text_encoder.forget()
+        assert torch.equal(latents(second), expected)
+    assert (elsewhere == 7).all()
+
+
+def test_four_bits_are_recorded_too(folder: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16", weight_dtype="nf4")
+    expected = latents(pipe)
+    pipe.compile(cuda_graphs=True).text_encoder.forget()
+    for _ in range(2):
+        assert torch.equal(latents(pipe), expected)
+    assert vars(pipe.transformer)["refine"].__self__._kept
+
+
+def test_prompts_without_kernels_are_left_to_the_model(folder: Path) -> None:
+    with using("off"):
+        pipe = ZImagePipeline.from_pretrained(folder, device="cuda")
+        expected = latents(pipe)
+        pipe.compile(cuda_graphs=True).text_encoder.forget()
+        for _ in range(2):
+            assert torch.equal(latents(pipe), expected)
+            pipe.text_encoder.forget()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second card")
+def test_a_model_on_another_card_is_recorded_there(folder: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda:1")
+    expected = latents(pipe)
+    pipe.compile(cuda_graphs=True).text_encoder.forget()
+    for _ in range(2):
+        assert torch.equal(latents(pipe), expected)
 
 
 def test_prompts_are_recorded_too(folder: Path, launches: list[str]) -> None:

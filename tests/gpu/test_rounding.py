@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage import ZImagePipeline
 from zimage.kernels.switch import using
 from zimage.models import rowwise
-from zimage.models.quantized import quantize_rows
+from zimage.models.quantized import QuantizedLinear, quantize_rows
 from zimage.models.rowwise import Quantized, has_product, multiplied, rounded
 from zimage.testing import build_checkpoint
 
@@ -131,6 +131,21 @@ def test_products_never_wait_for_the_card(kind: str) -> None:
     try:
         torch.cuda.set_sync_debug_mode("error")
         multiplied(rows_of(hidden, kind), weight, scale, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_four_bits_are_widened_without_waiting_for_the_card() -> None:
+    with torch.device("meta"):
+        layer = QuantizedLinear(nn.Linear(DIM, HIDDEN, bias=False), "nf4")
+    stored = quantize_rows(noise(HIDDEN, DIM, dtype=torch.float32), "nf4")
+    layer.weight, layer.scale = (nn.Parameter(one, requires_grad=False) for one in stored)
+    hidden = noise(1, TOKENS, DIM, dtype=torch.bfloat16)
+    layer(hidden)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        layer(hidden)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -22,6 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GIB, 16 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(budget, "_CGROUP", tmp_path)
     return tmp_path
 
@@ -31,6 +32,17 @@ def test_a_card(machine: Path) -> None:
     assert budget.find_budget("auto", card) == Budget(device=9 * GIB, host=18 * GIB, name="auto")
     assert budget.find_budget("8GiB", card) == Budget(device=7 * GIB, host=18 * GIB, name="8GiB")
     assert budget.find_budget("12GiB", card).device == 9 * GIB
+
+
+def test_what_another_model_holds_is_not_free(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what garbage held is, and for a model that is there already what tensors hold is its own."""
+    held, card = {"model": 4 * GIB, "garbage": GIB // 2}, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: sum(held.values()))
+    monkeypatch.setattr(budget, "release", lambda: held.pop("garbage", None))
+    assert budget.find_budget("auto", card).device == 9 * GIB  # of 9 that are free and 1 that torch keeps, less 1
+    assert budget.find_budget("12GiB", card).device == 9 * GIB
+    assert budget.find_budget("20GiB", card, loaded=True).device == pytest.approx(0.9 * 14 * GIB)
 
 
 def test_a_device_that_is_the_host(machine: Path) -> None:

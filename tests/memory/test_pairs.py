@@ -39,7 +39,7 @@ def test_both_released_models_fit_together(gigabytes: float, text_encoder: str, 
     assert plan.device_peak <= plan.budget.device
     assert plan.host_peak <= (plan.budget.host or 0)
     if gigabytes == 16:
-        assert plan.host_peak / GIB == pytest.approx(19.86, abs=0.01)
+        assert plan.host_peak / GIB == pytest.approx(20.76, abs=0.01)
 
 
 def test_what_is_shared_is_counted_once() -> None:

@@ -120,7 +120,8 @@ def test_an_order_is_learned() -> None:
 
 
 def test_a_place_is_free_only_after_what_was_computed_with_it() -> None:
-    """Each fill is told the mark that was set when the layer before it in that place was left."""
+    """Each fill is told the mark that was set when the layer before it in that place was left; the first one, when the
+    place was made, of memory that others may still have been computing with."""
     modules, layers = make(3)
     frees: dict[int, list[int | None]] = {}
 
@@ -131,8 +132,8 @@ def test_a_place_is_free_only_after_what_was_computed_with_it() -> None:
 
     visit(Ring(layers, 2, torch.device("cpu"), Noting()), modules, [0, 1, 2, 0])
     one, other = frees.values()
-    assert one == [None, 1, 3]
-    assert other == [None, 2]
+    assert one == [1, 3, 5]
+    assert other == [2, 4]
 
 
 def test_nothing_is_left_on_the_modules_and_nothing_allocated() -> None:
@@ -174,6 +175,16 @@ def test_a_source_that_fails_is_tried_again_when_it_is_needed() -> None:
         visit(ring, modules, [1])
     broken = False
     visit(ring, modules, [0, 1, 0])
+
+
+def test_places_that_were_made_in_inference_mode_are_filled_outside_of_it() -> None:
+    """A copier's thread never is in that mode, and whoever asks for the next picture need not be."""
+    for copier in (LateCopier(), HostCopier()):
+        modules, layers = make(3)
+        with torch.inference_mode():
+            ring = Ring(layers, 2, torch.device("cpu"), copier)
+            visit(ring, modules, [0, 1, 2])
+        visit(ring, modules, [0, 1, 2])
 
 
 def test_other_modules_pass() -> None:

@@ -46,6 +46,14 @@ def test_the_numbers_are_those_of_the_package(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_nothing_comes_from_the_host_when_weights_are_widened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = torch.from_numpy(packed(kind, 5, 3))
+    expected = ggml.widen(content, kind, torch.float32)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(ggml.widen(content, kind, torch.float32), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_are_widened_some_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = torch.from_numpy(packed(kind, 7, 2))
     whole = ggml.widen(content, kind, torch.float32)

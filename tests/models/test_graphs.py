@@ -6,9 +6,11 @@ with, and keeps the result in one place: as a graph does it, so that what is not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 from zimage import RequestError, ZImagePipeline, ZImageWarning
 from zimage.kernels.switch import using
 from zimage.models import graphs
-from zimage.models.graphs import drop_graphs, forget_graphs, use_graphs, uses_graphs
+from zimage.models.attention import attend
+from zimage.models.graphs import CUDARecorder, drop_graphs, forget_graphs, use_graphs, uses_graphs
 
 CALL: dict[str, Any] = {"height": 64, "width": 64, "any_size": True, "num_inference_steps": 3}
 
@@ -34,7 +37,9 @@ class Recording:
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.records += 1
-        result = torch.empty_like(compute())
+        made = compute()
+        with torch.inference_mode(False):  # a graph writes to memory, whatever torch thinks of tensors there
+            result = None if made is None else torch.empty_like(made)
 
         def replay() -> None:
             self.replays += 1
@@ -290,6 +295,16 @@ def test_moving_weights_lets_go_of_recordings(turbo_folder: Path) -> None:
     assert not vars(pipe.transformer)["refine"].__self__._kept
 
 
+def test_converting_lets_go_of_recordings_at_once(turbo_folder: Path) -> None:
+    """Also where nothing would be recorded any more, as on a CPU."""
+    pipe, _ = recorded(turbo_folder)
+    latents(pipe)
+    kept = vars(pipe.transformer)["refine"].__self__._kept
+    assert kept
+    pipe.to(torch.bfloat16)
+    assert not kept
+
+
 def test_recording_that_fails_is_a_warning_and_the_same_picture(turbo_folder: Path) -> None:
     def refuse(compute: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -317,6 +332,38 @@ def test_memory_that_runs_out_is_no_reason_to_give_up(turbo_folder: Path) -> Non
     full = False
     assert torch.equal(latents(pipe), expected)
     assert recording.records == 2
+
+
+def test_what_a_failed_recording_held_is_gone_before_it_is_computed(turbo_folder: Path) -> None:
+    """Or the memory that was too little for a recording would be too little for the step as well."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def record(compute: Callable[[], Tensor]) -> Any:
+        half_done = torch.zeros(8)
+        held.append(weakref.ref(half_done))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def attend_watching(*given: Any, **options: Any) -> Tensor:
+        assert [one() for one in held] == [None] * len(held)
+        return attend(*given, **options)
+
+    pipe = load(turbo_folder)
+    pipe.transformer.attend = attend_watching
+    use_graphs(pipe.transformer, record, "cpu")
+    assert torch.equal(latents(pipe), latents(load(turbo_folder)))
+    assert len(held) == 2 * 3  # refine and denoise of each step
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+def test_a_recording_is_good_outside_of_the_mode_that_it_was_made_in(turbo_folder: Path, around: Any) -> None:
+    pipe, recording = recorded(turbo_folder)
+    plain = load(turbo_folder)
+    with around():
+        assert torch.equal(latents(pipe), latents(plain))
+    assert torch.equal(latents(pipe, "a cat", 2), latents(plain, "a cat", 2))
+    with torch.inference_mode():
+        assert torch.equal(latents(pipe, "an owl", 3), latents(plain, "an owl", 3))
+    assert recording == Recording(records=2, replays=3 * 2 * 3)
 
 
 def test_threads_share_recordings(turbo_folder: Path) -> None:
@@ -403,7 +450,162 @@ def test_prompts_that_cannot_be_recorded_are_tried_once(turbo_folder: Path) -> N
     assert torch.equal(made[0], expected)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="prompts are recorded of kernels")
+def test_prompts_that_a_kernel_refuses_are_left_to_the_model(
+    turbo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all kernels do with ZIMAGE_KERNELS=off."""
+    from zimage.kernels import fused
+
+    monkeypatch.setattr(fused, "rotate_normalized", lambda *given: None)
+    pipe, recording, prompts = load(turbo_folder), Recording(), ["a fox", "two cats", "a fox " * 30]
+    expected = captions(pipe, *prompts)
+    pipe.text_encoder.use_graphs(recording, "cpu")
+    for _ in range(2):
+        for one, wanted in zip(captions(pipe, *prompts), expected, strict=True):
+            assert torch.equal(one, wanted)
+    assert recording == Recording(records=2, replays=0)  # once for each length, of which nothing came
+
+
 def test_a_cpu_has_none(turbo: ZImagePipeline) -> None:
     with pytest.raises(RequestError, match="CUDA graphs need a CUDA device, this pipeline is on cpu; leave them out"):
         turbo.compile(cuda_graphs=True)
     assert not turbo.compiled
+
+
+@dataclass(eq=False)
+class Stream:
+    """Of a card that is not there."""
+
+    device: int
+
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
+
+
+@dataclass(eq=False)
+class Graph:
+    """Holds its pool until it is gone, as torch's does."""
+
+    card: Card
+    pool: int = 0
+    stream: Stream | None = None
+
+    def replay(self) -> None:
+        assert self.stream is not None
+
+    def __del__(self) -> None:
+        if self.stream is not None:
+            self.card.using[self.pool] -= 1
+
+
+@dataclass
+class Card:
+    """What torch says of streams and graphs on CUDA, and what it refuses: to record into a pool whose graphs are all
+    gone (`use_count > 0 INTERNAL ASSERT FAILED`). A recording that fails leaves its stream the current one."""
+
+    device: int = 0
+    stream: Any = None
+    pools: int = 0
+    using: dict[int, int] = field(default_factory=dict)
+    seen: list[Any] = field(default_factory=list)
+    broken: bool = False
+
+    def computed(self) -> Tensor:
+        """Where it is computed is noted."""
+        self.seen.append(self.stream)
+        if self.broken and self.stream is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.ones(2)
+
+    def new_pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def recording(self, graph: Graph, *, pool: int, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert (stream.device, capture_error_mode) == (self.device, "thread_local")
+        if self.using.get(pool) == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        before, self.stream = self.stream, stream
+        yield  # an error leaves the stream
+        self.stream = before
+        graph.pool, graph.stream = pool, stream
+        self.using[pool] = self.using.get(pool, 0) + 1
+
+    @contextmanager
+    def of(self, _: Tensor) -> Iterator[None]:
+        """Within it the device that tensors are on, the second, is the current one."""
+        before, self.device = self.device, 1
+        try:
+            yield
+        finally:
+            self.device = before
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    made = Card()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
+    monkeypatch.setattr(torch.cuda, "device_of", made.of)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", made.on)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", made.new_pool)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(made))
+    monkeypatch.setattr(torch.cuda, "graph", made.recording)
+    return made
+
+
+def test_each_recorder_has_a_stream_of_its_own(card: Card) -> None:
+    """And warms up on that of its caller: torch keeps cuBLAS's memory for every stream that ever multiplied."""
+    one, other = CUDARecorder(), CUDARecorder()
+    kept = [recorder(card.computed) for recorder in (one, other, one)]
+    warm, streams = card.seen[::2], card.seen[1::2]
+    assert warm == [None] * len(kept)
+    assert streams[0] is streams[2] is not streams[1]
+    assert None not in streams
+    assert card.using == {1: 2, 2: 1}
+
+
+def test_memory_whose_recordings_are_gone_is_not_taken_up_again(card: Card) -> None:
+    recorder = CUDARecorder()
+    kept = [recorder(card.computed), recorder(card.computed)]
+    kept.pop()
+    kept.append(recorder(card.computed))
+    assert card.using == {1: 2}  # while there is one it is shared
+    kept.clear()
+    kept.append(recorder(card.computed))
+    assert card.using == {1: 0, 2: 1}
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(card: Card) -> None:
+    recorder, card.broken = CUDARecorder(), True
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder(card.computed)
+    assert card.stream is None
+    card.broken = False
+    recorder(card.computed)
+    assert card.stream is None
+
+
+def test_it_is_recorded_on_the_device_where_the_model_is(turbo_folder: Path, card: Card) -> None:
+    devices: list[int] = []
+
+    def record(compute: Callable[[], Tensor]) -> Any:
+        devices.append(torch.cuda.current_device())
+        return recording(compute)
+
+    recording, pipe = Recording(), load(turbo_folder)
+    use_graphs(pipe.transformer, record, "cpu")
+    latents(pipe)
+    assert devices == [1, 1]
+    assert card.device == 0

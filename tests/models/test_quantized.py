@@ -113,6 +113,17 @@ def test_nf4_rounds_to_the_nearest_level_also_beside_the_boundaries() -> None:
     assert torch.equal(numbers, torch.bucketize(row.flatten(), between).byte())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_comes_from_the_host_when_weights_are_widened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card would be waited for, layer by layer, and a CUDA graph could not be recorded."""
+    layer = layer_of(random(50, 128), kind)
+    expected = layer.widened(torch.bfloat16)
+    monkeypatch.setattr(torch, "tensor", None)
+    for around in (torch.no_grad, torch.inference_mode):
+        with around():
+            assert torch.equal(layer.widened(torch.bfloat16), expected)
+
+
 def test_nf4_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(random(50, 128), "nf4")
     whole = layer.widened(torch.float32)

@@ -27,7 +27,7 @@ from ..own import OwnRecipe
 from .configs import PARTS
 from .reading import reason
 from .sizes import sizes_of
-from .streaming import layer_file, moves, streamed_layer
+from .streaming import layer_file, moves, streamed_layers
 from .survey import Survey, survey
 from .tensors import LayerFile, fill
 
@@ -111,10 +111,10 @@ def _load(
         is_apart = plan is not None and component == "text_encoder" and plan.placement.text_encoder != "resident"
         rest = {name: to for name, to in blank.targets.items() if not moves(to, streamed)}
         fill(blank.module, weights, rest, dtype=dtype, device=torch.device("cpu") if is_apart else device)
-        for name in streamed:
+        if streamed:
             assert plan is not None
             source = plan.placement.text_source if component == "text_encoder" else plan.placement.block_source
-            layers.append(streamed_layer(blank, weights, name, source=source, dtype=dtype, device=device))
+            layers += streamed_layers(blank, weights, streamed, source=source, dtype=dtype, device=device)
 
     def read(component: str, name: str, fields: Sequence[Field]) -> LayerFile:
         return layer_file(found.blanks[component], found.weights[component], name, fields)

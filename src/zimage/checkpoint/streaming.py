@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 
-from ..memory.ring import STAYS, Field, Layer, bind, layout
+from ..memory.ring import STAYS, Field, Layer, bind, host_buffers, layout
 from ..models.quantized import StoredLinear
 from .modules import Blank
 from .shards import Weights
@@ -18,24 +19,27 @@ def moves(target: str, streamed: Sequence[str]) -> bool:
     return STAYS not in target and any(target.startswith(f"{name}.") for name in streamed)
 
 
-def streamed_layer(
-    blank: Blank, weights: Weights, name: str, *, source: str, dtype: torch.dtype, device: torch.device
-) -> Layer:
-    """The module `name` as a layer that passes through: `source` "memory" holds its bytes on the host, "files" reads
+def streamed_layers(
+    blank: Blank, weights: Weights, names: Sequence[str], *, source: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[Layer]:
+    """The modules `names` as layers that pass through: `source` "memory" holds their bytes on the host, "files" reads
     them each time."""
-    module = blank.module.get_submodule(name)
-    for owner in module.modules():
+    modules = [blank.module.get_submodule(name) for name in names]
+    for owner in chain.from_iterable(module.modules() for module in modules):
         for one, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta and not (isinstance(owner, StoredLinear) and one != "bias"):
                 parameter.data = parameter.data.to(dtype)
-    fields, size = layout(module)
-    file = layer_file(blank, weights, name, fields)
+    layouts = [layout(module) for module in modules]
+    files = [layer_file(blank, weights, name, fields) for name, (fields, _) in zip(names, layouts, strict=True)]
     if source == "files":
-        return Layer(module, fields, size, file)
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    file(buffer)
-    bind(fields, buffer)
-    return Layer(module, fields, size, buffer)
+        for module, (fields, size), file in zip(modules, layouts, files, strict=True):
+            yield Layer(module, fields, size, file)
+        return
+    buffers = host_buffers([size for _, size in layouts], page_locked=device.type == "cuda")
+    for module, (fields, size), file, buffer in zip(modules, layouts, files, buffers, strict=True):
+        file(buffer)
+        bind(fields, buffer)
+        yield Layer(module, fields, size, buffer)
 
 
 def layer_file(blank: Blank, weights: Weights, name: str, fields: Sequence[Field]) -> LayerFile:

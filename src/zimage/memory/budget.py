@@ -8,20 +8,25 @@ from pathlib import Path
 import psutil
 import torch
 
+from .ladder import release
 from .plan import Budget, parse_memory
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def find_budget(memory: str | int, device: torch.device) -> Budget:
+def find_budget(memory: str | int, device: torch.device, *, loaded: bool = False) -> Budget:
     """What a plan for `device` may use: of what is free now, at most `memory` ("auto" or an amount, see
     `parse_memory`), less a margin; and of the host's memory what is free.
 
-    Raises `RequestError` for a `memory` that is no amount.
+    What tensors of this process hold on a card is in use, by another model perhaps; with `loaded` it is the planned
+    model's own. Raises `RequestError` for a `memory` that is no amount.
     """
     wanted, host = parse_memory(memory), free_host_memory()
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        if torch.cuda.memory_allocated(device) and not loaded:
+            release()
+        held = 0 if loaded else torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
         return Budget.of_card(free if wanted is None else min(wanted, free), host, str(memory))
     return Budget.of_host(host if wanted is None else min(wanted, host), str(memory))
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .streams import own_stream
+
 Source = Tensor | Callable[[Tensor], None]
 
 
@@ -42,13 +44,13 @@ class CudaCopier:
 
     def __init__(self, device: torch.device, largest: int) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zimage-weights")
         self._largest = largest
         self._staging: Tensor | None = None
         self._staged: torch.cuda.Event | None = None
 
-    def start(self, place: Tensor, source: Source, free: torch.cuda.Event | None) -> Any:
+    def start(self, place: Tensor, source: Source, free: torch.cuda.Event) -> Any:
         if isinstance(source, Tensor):
             return self._copy(place, source, free)
         return self._thread.submit(self._read_and_copy, place, source, free)
@@ -62,17 +64,17 @@ class CudaCopier:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _copy(self, place: Tensor, host: Tensor, free: torch.cuda.Event | None) -> torch.cuda.Event:
+    def _copy(self, place: Tensor, host: Tensor, free: torch.cuda.Event) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
-            if free is not None:
-                self._stream.wait_event(free)
+            self._stream.wait_event(free)
             place.copy_(host, non_blocking=True)
+            place.record_stream(self._stream)  # whoever lets go of it does not wait for this
             event = torch.cuda.Event()
             event.record(self._stream)
         return event
 
     def _read_and_copy(
-        self, place: Tensor, source: Callable[[Tensor], None], free: torch.cuda.Event | None
+        self, place: Tensor, source: Callable[[Tensor], None], free: torch.cuda.Event
     ) -> torch.cuda.Event:
         if self._staging is None:
             self._staging = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import NamedTuple
 
+from .pages import all_locked, locked
 from .plan import Budget, Placement, Stage
 from .sizes import (
     STORED_BYTES,
@@ -84,12 +85,17 @@ def layers_of(sizes: ModelSizes, work: Work, placement: Placement) -> Layers:
 
 def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     """Bytes of weights that stay in the host's memory. It looks tokens up, so their embedding always does."""
-    layers, layer = 0.0, layers_of(sizes, work, placement)
-    if placement.text_waits and placement.text_source == "memory":
-        layers += sum(layer.text)
-    if placement.block_source == "memory":
-        layers += sum(layer.blocks[number] for number in placement.streamed)
-        layers += 0 if placement.context_resident else sum(layer.context)
+    layer = layers_of(sizes, work, placement)
+    blocks = [] if placement.context_resident else list(layer.context)
+    blocks += [layer.blocks[number] for number in placement.streamed]
+    text = layer.text if placement.text_encoder == "streamed" else []
+    kept = int(sum(layer.text)) if placement.text_encoder == "cpu" else 0
+    passed = 0
+    for source, layers in ((placement.text_source, text), (placement.block_source, blocks)):
+        if source == "memory":
+            kept += all_locked(layers)
+        elif layers:  # each is read into one place, which has room for any
+            passed = locked(max([*text, *blocks]))
     rest = sizes.text_rest if placement.text_waits else 0
     is_staged = placement.slots > 0 or placement.text_encoder == "cpu"
-    return int(layers) + rest * work.itemsize + (STAGING if is_staged else 0)
+    return kept + passed + rest * work.itemsize + (STAGING if is_staged else 0)

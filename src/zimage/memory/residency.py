@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import NotEnoughMemory
 from .copiers import CudaCopier, HostCopier, Source
 from .plan import Placement
-from .ring import Copier, Field, Layer, Ring, bind, layout
+from .ring import Copier, Field, Layer, Ring, bind, host_buffers, layout
 
 Reader = Callable[[str, str, Sequence[Field]], Source]
 """What reads a layer from its files: for "text_encoder" or "transformer", the layer's name in it, and its fields."""
@@ -71,10 +71,13 @@ class Residency:
         try:
             for component, model in self._models.items():
                 source = placement.text_source if component == "text_encoder" else placement.block_source
-                for name in streamed_names(placement, component, model):
-                    layer = self._layers.get(model.get_submodule(name))
-                    if layer is None or (source == "files" and isinstance(layer.source, torch.Tensor)):
-                        self._take(component, name, source, pinned=device.type == "cuda")
+                names = [name for name in streamed_names(placement, component, model)
+                         if self._is_to_be_taken(model.get_submodule(name), source)]  # fmt: skip
+                if source == "files":
+                    for name in names:
+                        self._put_back(component, name)
+                else:
+                    self._take([model.get_submodule(name) for name in names], page_locked=device.type == "cuda")
         finally:
             self._wire()
         apart = self._models.get("text_encoder") if placement.text_waits else None
@@ -87,16 +90,25 @@ class Residency:
         self._unwire()
         self._layers, self._models, self.read = {}, {}, None
 
-    def _take(self, component: str, name: str, source: str, *, pinned: bool) -> None:
-        module = self._models[component].get_submodule(name)
-        fields, size = layout(module)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and source == "memory")
-        if source == "memory":
+    def _is_to_be_taken(self, module: nn.Module, source: str) -> bool:
+        layer = self._layers.get(module)
+        return layer is None or (source == "files" and isinstance(layer.source, torch.Tensor))
+
+    def _take(self, modules: Sequence[nn.Module], *, page_locked: bool) -> None:
+        """Into the host's memory."""
+        layouts = [layout(module) for module in modules]
+        buffers = host_buffers([size for _, size in layouts], page_locked=page_locked)
+        for module, (fields, size), buffer in zip(modules, layouts, buffers, strict=True):
             for one in fields:
                 one.view(buffer).copy_(one.parameter)
             bind(fields, buffer)
             self._layers[module] = Layer(module, fields, size, buffer)
-            return
+
+    def _put_back(self, component: str, name: str) -> None:
+        """To its file, which has to hold what it is now."""
+        module = self._models[component].get_submodule(name)
+        fields, size = layout(module)
+        buffer = torch.empty(size, dtype=torch.uint8)
         assert self.read is not None
         read = self.read(component, name, fields)
         assert callable(read)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .pages import together
+
 ALIGNMENT = 256
 """Bytes: where each parameter begins is a multiple, as in memory that a device allocates."""
 
@@ -25,8 +27,9 @@ STAYS = "adaLN_modulation"
 class Copier(Protocol):
     """How layers come into their places.
 
-    `start` begins to fill `place` once what `free` stands for has happened (`None`: at once), and returns a ticket;
-    `wait` lets what is computed from now on see the filled place; `mark` stands for all that is computed until now.
+    `start` begins to fill `place` once what `free` stands for has happened, and returns a ticket; a place that is let
+    go of meanwhile is nobody else's memory before it is filled. `wait` lets what is computed from now on see the filled
+    place; `mark` stands for all that is computed until now.
     """
 
     def start(self, place: Tensor, source: Any, free: Any) -> Any: ...
@@ -91,6 +94,21 @@ def layout(module: nn.Module) -> tuple[tuple[Field, ...], int]:
     return tuple(fields), end
 
 
+def host_buffers(sizes: Sequence[int], *, page_locked: bool) -> Iterator[Tensor]:
+    """For layers of so many bytes, in this order, flat buffers of the host, each allocated when it comes to it.
+    Page-locked ones lie together, as `pages` has it."""
+    if not page_locked:
+        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        return
+    apart, begin = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], 0
+    for count in together(apart):
+        end = begin + count
+        both = torch.empty(sum(apart[begin:end]), dtype=torch.uint8, pin_memory=True)
+        for size, buffer in zip(sizes[begin:end], both.split(apart[begin:end]), strict=True):
+            yield buffer[:size]
+        begin = end
+
+
 def bind(fields: Sequence[Field], buffer: Tensor) -> None:
     """Let the parameters be views of `buffer`, whatever a second try in float32 does to operations around."""
     with torch._C.DisableTorchFunction():
@@ -109,7 +127,10 @@ class Ring:
         size = max((layer.size for layer in layers), default=0)
         self._copier = copier
         self._layers: Mapping[nn.Module, Layer] = {layer.module: layer for layer in layers}
-        self._places = [_Place(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
+        with torch.inference_mode(False):  # or what is not in that mode, as a copier's thread, could not write there
+            buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        # Who had this memory before may still be computing with it.
+        self._places = [_Place(buffer, free=copier.mark()) for buffer in buffers]
         self._follower = dict(pairwise([*layers, *layers[:1]]))
         self._last: Layer | None = None
         self._at_rest: list[nn.Parameter | None] = []

@@ -72,7 +72,7 @@ def name_of(transformer: Any, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `transformer` computes with on `device` in `dtype`; "native" is torch's choice, "own" that of
     whoever put another function in its place."""
     given = vars(transformer).get("attend")
-    if given is attend_in_float8 and dtype != torch.float32 and used(device):
+    if given is attend_in_float8 and _is_narrow(transformer.config, device, dtype):
         return FLOAT8
     if given not in (None, attend_in_float8) and not isinstance(given, partial):
         return "own"
@@ -124,6 +124,12 @@ def _for_type(backend: AttentionBackendName, dtype: torch.dtype) -> AttentionBac
     """`backend`, or torch's where that takes no float32."""
     takes = dtype != torch.float32 or "native" in backend.value
     return backend if takes else AttentionBackendName.NATIVE
+
+
+def _is_narrow(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model's attention in float8 is computed so where it is now, which may be another card."""
+    value = torch.empty((1, 1, 1, config.dim // config.n_heads), device=device, dtype=dtype)
+    return used(device) and row_kind_of(attend_in_float8, value) == FLOAT8
 
 
 def _in_float8(query: Quantized, key: Quantized, value: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..memory.sizes import GGML_BLOCKS
 PIECE = 2**22
 """Numbers that are widened at a time."""
 
-_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ4_LEVELS = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 """The sixteen values of the non-linear kinds."""
 
 
@@ -28,6 +29,20 @@ class Kind:
 
     halves: tuple[int, ...]
     widen: Callable[[Tensor], Tensor]
+
+
+def table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`numbers` on a device, brought there once: for what comes from the host it would wait each time, and a CUDA graph
+    cannot be recorded of that. A compiler keeps them by itself."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return _kept(numbers, dtype, device)
+
+
+@cache
+def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def packed_bytes(kind: str, numbers: int) -> int:
@@ -170,7 +185,7 @@ def _sixes(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(numbers: Tensor) -> Tensor:
-    return torch.tensor(_IQ4_LEVELS, dtype=torch.float32, device=numbers.device)[numbers.int()]
+    return table(_IQ4_LEVELS, torch.float32, numbers.device)[numbers.int()]
 
 
 def _scaled(numbers: Tensor, scales: Tensor, least: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ZImageWarning
 from ..kernels import switch
 from ..memory.ladder import is_out_of_memory
+from ..memory.streams import own_stream
 from .compiled import computes_plainly
 from .layers import is_bare
 from .transformer import Caption, Hint, ImageGrid, Modulation, ZImageTransformer
@@ -36,6 +38,7 @@ _PLACES = ("refine", "denoise")
 _KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
 """Where modules are defined whose computation follows from their tensors; an adapter's may change by a number."""
 
+Value = TypeVar("Value")
 Replay = Callable[[], Any]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Of a computation on tensors that stay where they are: what does it once more, and where its result then is."""
@@ -45,23 +48,30 @@ _capturing = threading.Lock()
 
 
 class CUDARecorder:
-    """Records in CUDA graphs, which share their memory: each result is copied before another is replayed."""
+    """Records in CUDA graphs, which share their memory: each result is copied before another is replayed.
+
+    On a stream of its own for each device. What cuBLAS works in, torch keeps by stream, in the memory of the graph that
+    was first to need it, and may let go of it with any other graph of that stream (pytorch#193402).
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._streams: dict[int, Any] = {}
+        self._graphs: WeakSet[Any] = WeakSet()
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            compute()  # what is made at the first use, kernels and workspaces, must not be made while recording
-        torch.cuda.current_stream().wait_stream(side)
-        if self._pool is None:
+        compute()  # what is made at the first use, kernels and tables, must not be made while recording
+        if not self._graphs:  # torch does not take up memory again whose graphs are all gone
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, and not capture: torch has one stream for that.
-        with _capturing, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        device = torch.cuda.current_device()
+        if device not in self._streams:
+            self._streams[device] = own_stream(device)
+        stream, graph = self._streams[device], torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+        # Other threads may allocate meanwhile, and not record. A recording that fails stays on its stream by itself.
+        with _capturing, torch.cuda.stream(stream), recording:
             result = compute()
+        self._graphs.add(graph)
         return graph.replay, result
 
 
@@ -74,7 +84,7 @@ class Recordings:
     def __init__(self, model: nn.Module, parts: tuple[nn.Module, ...], record: Record, device_type: str) -> None:
         self._model, self._parts, self._record, self._device_type = model, parts, record, device_type
         self._guard = threading.Lock()
-        self._kept: dict[Any, tuple[list[Tensor], Replay, Tensor]] = {}
+        self._kept: dict[Any, tuple[list[Tensor], Replay, Tensor | None]] = {}
         self._seen: list[Any] | None = None
         self._gave_up = False
 
@@ -83,15 +93,16 @@ class Recordings:
         with self._guard:
             self._kept.clear()
 
-    def compute(self, name: str, own: Callable[..., Tensor], *args: Any) -> Tensor:
+    def compute(self, name: str, own: Callable[..., Value], *args: Any) -> Value:
         """`own(*args)`, replayed if the same was recorded under `name`, and else recorded if that can be."""
         given = list(_tensors(args))
         if self._gave_up or not self._applies(given):
             return own(*args)
-        with self._guard:
+        with self._guard, torch.cuda.device_of(given[0]):  # which need not be the current one
             if not self._is_current():
                 return own(*args)
-            return self._replayed((name, _shape(args), switch.mode(), _stream(self._device_type)), own, args, given)
+            key = name, _shape(args), switch.mode(), _stream(self._device_type)
+            return self._replayed(key, given) if self._is_recorded(key, own, args, given) else own(*args)
 
     def _applies(self, given: list[Tensor]) -> bool:
         """Whether inputs lie dense on the device, and nothing around asks for another computation."""
@@ -107,20 +118,27 @@ class Recordings:
             self._seen = seen
         return seen is not None
 
-    def _replayed(self, key: Any, own: Callable[..., Tensor], args: tuple[Any, ...], given: list[Tensor]) -> Tensor:
-        if key not in self._kept:
+    def _is_recorded(self, key: Any, own: Callable[..., Any], args: tuple[Any, ...], given: list[Tensor]) -> bool:
+        """Whether there is a recording for `key`, which is made if there is none. Nothing is computed in place of one
+        that fails until this has returned, and with it gone what the error holds on to."""
+        if key in self._kept:
+            return True
+        try:
             places = [self._place(number, one, key[-1]).copy_(one) for number, one in enumerate(given)]
-            try:
-                recorded = self._record(partial(own, *_with_tensors(args, iter(places))))
-            except Exception as error:
-                self._kept.clear()
-                if not is_out_of_memory(error):
-                    self._give_up(error)
-                return own(*args)
-            self._kept[key] = places, *recorded
-            while len(self._kept) > 1 and (len(self._kept) > KEPT or self._held() > KEPT_BYTES):
-                del self._kept[next(iter(self._kept))]
+            self._kept[key] = places, *self._record(partial(own, *_with_tensors(args, iter(places))))
+        except Exception as error:
+            self._kept.clear()
+            if not is_out_of_memory(error):
+                self._give_up(error)
+            return False
+        while len(self._kept) > 1 and (len(self._kept) > KEPT or self._held() > KEPT_BYTES):
+            del self._kept[next(iter(self._kept))]
+        return True
+
+    def _replayed(self, key: Any, given: list[Tensor]) -> Any:
         places, replay, result = self._kept[key]
+        if result is None:  # nothing comes of such inputs, as where a kernel refuses them
+            return None
         for dtype in {one.dtype for one in given}:  # one launch for all of a type
             pairs = [(place, one) for place, one in zip(places, given, strict=True) if one.dtype == dtype]
             torch._foreach_copy_([place for place, _ in pairs], [one for _, one in pairs])
@@ -134,7 +152,8 @@ class Recordings:
             place = places[number] if other == stream and number < len(places) else None
             if place is not None and _shape(place) == _shape(given):
                 return place
-        return torch.empty_like(given)
+        with torch.inference_mode(False):  # or it could not be written to outside of that
+            return torch.empty_like(given)
 
     def _held(self) -> int:
         return sum({id(one): one.nbytes for places, *_ in self._kept.values() for one in places}.values())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.switch import run, wanted
 from ..memory.sizes import NF4_BLOCK
-from . import packed
+from . import ggml, packed
 from .rowwise import MOST, NARROW, Rows, has_product, multiplied, rounded
 
 NF4_LEVELS = (
@@ -128,7 +128,7 @@ class QuantizedLinear(StoredLinear):
             if fused is not None:
                 return fused
             return self.weight.to(dtype).mul_(self.scale.to(dtype))
-        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=self.weight.device)
+        levels = ggml.table(NF4_LEVELS, dtype, self.weight.device)
         rows = max(1, NF4_PIECE // self.in_features)
         parts = zip(self.weight.split(rows), self.scale.split(rows), strict=True)
         return torch.cat([_nf4_values(weight, scale, levels) for weight, scale in parts])
