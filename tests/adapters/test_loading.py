@@ -154,6 +154,13 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         r"alpha' \[2\] for \[\]",
     ),
     "lokr": ({"diffusion_model.layers.0.attention.to_q.lokr_w1": (4, 4)}, "is a LoKr adapter; LoRA and DoRA are read"),
+    "oft": ({"base_model.model.layers.0.attention.to_q.oft_R.weight": (4, 4)}, "is a OFT adapter"),
+    "boft": ({"base_model.model.layers.0.attention.to_q.boft_R": (4, 4)}, "is a BOFT adapter"),
+    "biases": (
+        {"layers.0.attention.to_q.lora_A.weight": (4, 64), "layers.0.attention.to_q.lora_B.bias": (64,),
+         "layers.0.attention.to_q.lora_B.weight": (64, 4)},
+        "is a LoRA-with-biases adapter; LoRA and DoRA are read",
+    ),
     "loha": ({"lycoris_layers_0_attention_to_q.hada_w1_a": (4, 4)}, "is a LoHa adapter"),
 }  # fmt: skip
 
