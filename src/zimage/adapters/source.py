@@ -211,7 +211,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
         raise AdapterError(f"{where}: alpha_pattern is read by plain names only, got {shown(odd[0])}; write them out")
     return Scaling(
         alpha=None if alpha is None else float(alpha),
-        by_module={name.strip("^$"): float(value) for name, value in exceptions.items()},
+        by_module={name: float(value) for name, value in exceptions.items()},
         by_root=config.get("use_rslora") is True,
     )
 
