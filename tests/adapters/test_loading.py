@@ -296,6 +296,7 @@ def test_what_is_not_there_or_no_lora_is_refused(tmp_path: Path, ink: Path) -> N
         (tmp_path / "missing.safetensors", {}, "cannot find the LoRA"),
         ("no such lora", {}, "no such file or folder here, and it is no hub id"),
         (7, {}, "is a file, a folder or a hub id, got 7"),
+        ({"x.lora_A.weight": torch.ones(1)}, {}, "got a state dict; write that with safetensors.torch.save_file"),
         (pickled, {}, "pickles .* are never read"),
         (tmp_path / "empty", {}, "should hold one LoRA and has no .safetensors file"),
         (two, {}, "should hold one LoRA and has a.safetensors, b.safetensors; name the file with weight_name"),

@@ -74,6 +74,10 @@ def locate_adapter(
 
     `weight_name` names the file in a folder or repository. Raises `AdapterError`.
     """
+    if isinstance(source, Mapping):
+        raise AdapterError(
+            "a LoRA is read from its file, got a state dict; write that with safetensors.torch.save_file and pass it"
+        )
     with as_adapter_error():
         try:
             path = Path(source).expanduser()
