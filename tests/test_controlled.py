@@ -219,8 +219,9 @@ def test_a_picture_is_made_again_from_its_recipe(
     pipe = load(turbo_folder)
     with pytest.raises(
         AdapterError, match=r"made with the ControlNet .* none is loaded; load that with load_controlnet"
-    ):
+    ) as caught:
         pipe.replay(recipe, control_image=CONTROL)
+    assert f"the ControlNet {recipe.controlnet['source']!r} (" in str(caught.value)
     pipe.load_controlnet(nets["1.0"])
     with pytest.raises(AdapterError, match=r"made with the ControlNet .* another is loaded here"):
         pipe.replay(recipe, control_image=CONTROL)

@@ -138,7 +138,7 @@ def test_predicted_steps_are_counted_in_the_run_that_is_left() -> None:
         ({"width": 100_000}, "width must be a whole number from 1 to 8192, got 100000"),
         ({"image": "a.png"}, "image was not read yet, it is str 'a.png'; a pipeline's `resolve` reads it"),
         ({"mask_image": [1]}, "mask_image was not read yet"),
-        ({"image": replace(IMAGE, width=4000, height=3000)}, "Pass height or width, to which the image is scaled"),
+        ({"image": replace(IMAGE, width=4000, height=3000)}, "Choose a size, to which the image is scaled"),
     ],
 )
 def test_what_cannot_work_is_refused(asked: dict[str, Any], said: str) -> None:
@@ -185,7 +185,7 @@ def test_a_control_image_and_its_scale() -> None:
         ({"control_image": IMAGE, "controlnet_conditioning_scale": -0.1}, "must be a number from 0 to 2"),
         ({"control_image": IMAGE, "controlnet_conditioning_scale": float("nan")}, "must be a number from 0 to 2"),
         ({"control_image": IMAGE, "strength": 0.5}, "strength is about an image"),
-        ({"control_image": replace(IMAGE, width=4000, height=3000)}, "Pass height or width, to which the image is"),
+        ({"control_image": replace(IMAGE, width=4000, height=3000)}, "Choose a size, to which the image is"),
     ],
 )
 def test_what_cannot_steer_is_refused(asked: dict[str, Any], said: str) -> None:

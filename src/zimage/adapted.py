@@ -23,7 +23,9 @@ from .adapters.attaching import Attachments, Picked, layers_of
 from .adapters.loading import load
 from .adapters.source import locate_adapter
 from .adapters.writing import save_adapter
+from .arrays import plain
 from .errors import AdapterError, NotEnoughMemory, RequestError, ZImageWarning
+from .files.png import brief
 from .files.recipe import Recipe
 from .memory.ladder import is_out_of_memory
 from .memory.plan import Plan
@@ -120,7 +122,7 @@ class Adapted(Placed):
         """
         if isinstance(adapter_names, Mapping) and adapter_weights is None:
             adapter_weights = list(adapter_names.values())
-        names = _names(adapter_names)
+        names, adapter_weights = _names(adapter_names), plain(adapter_weights)
         weights = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names) or len(set(names)) != len(names):
             raise RequestError(f"adapter_weights has {len(weights)} entries for {len(names)} names; pass one for each")
@@ -237,7 +239,7 @@ class Adapted(Placed):
             if known != said["digest"]:
                 found = "is not loaded" if known is None else f"is another file here (SHA-256 {known[:12]}...)"
                 raise AdapterError(
-                    f"the picture was made with the adapter {name!r} from {shown(said['source'])} (SHA-256 "
+                    f"the picture was made with the adapter {name!r} from {brief(said['source'])!r} (SHA-256 "
                     f"{said['digest'][:12]}...), which {found}; load that with load_adapter(..., name={name!r})"
                 )
 

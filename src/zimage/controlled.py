@@ -16,11 +16,11 @@ from .adapted import Adapted
 from .adapters.attaching import Picked
 from .adapters.controlnet import ControlNet, find_controlnet
 from .errors import AdapterError, NotEnoughMemory, RequestError
+from .files.png import brief
 from .files.recipe import Recipe
 from .memory.ladder import is_out_of_memory
 from .models.precision import cast
 from .request import ResolvedRequest
-from .rules import shown
 
 
 class Chosen(NamedTuple):
@@ -136,7 +136,7 @@ class Controlled(Adapted):
         if said and known != said["digest"]:
             found = "none is loaded" if known is None else f"another is loaded here ({known[:12]}...)"
             raise AdapterError(
-                f"the picture was made with the ControlNet {shown(said['source'])} ({said['digest'][:12]}...), and "
+                f"the picture was made with the ControlNet {brief(said['source'])!r} ({said['digest'][:12]}...), and "
                 f"{found}; load that with load_controlnet"
             )
 

@@ -117,7 +117,7 @@ def resolve_size(
         sides.append(side)
     height, width = sides
     if not flag("any_size", request.any_size):
-        remedy = "Choose such a size" if canvas is None else "Pass height or width, to which the image is scaled"
+        remedy = "Choose such a size" if canvas is None else "Choose a size, to which the image is scaled"
         check_area(height, width, limits, remedy)
     return height, width
 

@@ -123,9 +123,9 @@ def peft(reference: Reference) -> Written:
 
 
 def peft_patterns(reference: Reference) -> Written:
-    """The alpha of some layers by their names, the longest of which counts."""
-    config = {**CONFIG, "lora_alpha": 64.0, "alpha_pattern": {"^to_q": 3.0}}
-    config["alpha_pattern"] |= dict.fromkeys(reference, SCALE * RANK)
+    """The alpha of some layers by the ends of their names, the first of which counts; ^ stands for the whole name."""
+    own = {"^to_q": 3.0, "attention.to_q$": SCALE * RANK, **dict.fromkeys(reference, SCALE * RANK)}
+    config = {**CONFIG, "lora_alpha": 64.0, "alpha_pattern": own | {"layers.0.attention.to_q": 5.0}}
     return Written(named(reference, with_prefix("base_model.model.")), config=config)
 
 

@@ -154,6 +154,13 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         r"alpha' \[2\] for \[\]",
     ),
     "lokr": ({"diffusion_model.layers.0.attention.to_q.lokr_w1": (4, 4)}, "is a LoKr adapter; LoRA and DoRA are read"),
+    "oft": ({"base_model.model.layers.0.attention.to_q.oft_R.weight": (4, 4)}, "is a OFT adapter"),
+    "boft": ({"base_model.model.layers.0.attention.to_q.boft_R": (4, 4)}, "is a BOFT adapter"),
+    "biases": (
+        {"layers.0.attention.to_q.lora_A.weight": (4, 64), "layers.0.attention.to_q.lora_B.bias": (64,),
+         "layers.0.attention.to_q.lora_B.weight": (64, 4)},
+        "is a LoRA-with-biases adapter; LoRA and DoRA are read",
+    ),
     "loha": ({"lycoris_layers_0_attention_to_q.hada_w1_a": (4, 4)}, "is a LoHa adapter"),
 }  # fmt: skip
 
@@ -289,6 +296,7 @@ def test_what_is_not_there_or_no_lora_is_refused(tmp_path: Path, ink: Path) -> N
         (tmp_path / "missing.safetensors", {}, "cannot find the LoRA"),
         ("no such lora", {}, "no such file or folder here, and it is no hub id"),
         (7, {}, "is a file, a folder or a hub id, got 7"),
+        ({"x.lora_A.weight": torch.ones(1)}, {}, "got a state dict; write that with safetensors.torch.save_file"),
         (pickled, {}, "pickles .* are never read"),
         (tmp_path / "empty", {}, "should hold one LoRA and has no .safetensors file"),
         (two, {}, "should hold one LoRA and has a.safetensors, b.safetensors; name the file with weight_name"),

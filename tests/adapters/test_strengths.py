@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -220,6 +221,13 @@ def test_scripts_for_diffusers_run(pipe: ZImagePipeline, ink: Path, draw: Draw) 
     assert pipe.adapters == {"toy": 1.0}
     pipe.set_adapters({"toy": 0.25})
     assert pipe.adapters == {"toy": 0.25}
+    for weights in (np.array([0.5]), torch.tensor([0.5]), np.float32(0.5)):
+        pipe.set_adapters(["toy"], adapter_weights=weights)
+        assert pipe.adapters == {"toy": 0.5}
+    pipe.load_adapter(ink, "wash")
+    pipe.set_adapters(["toy", "wash"], adapter_weights=np.array([0.25, 0.75]))
+    assert pipe.adapters == {"toy": 0.25, "wash": 0.75}
+    pipe.delete_adapters("wash")
     for change, wrong in ((pipe.set_adapters, None), (pipe.set_adapters, [["toy"]]), (pipe.delete_adapters, 3)):
         with pytest.raises(RequestError, match="adapter_names must be a name, or a list of names, of adapters; got"):
             change(wrong)
@@ -244,8 +252,11 @@ def test_the_recipe_names_the_file_and_is_followed_only_with_it(
     two.set_adapters("wash", 5)
     assert two.replay(recipe).same_bits
     two.delete_adapters("ink")
-    with pytest.raises(AdapterError, match=r"made with the adapter 'ink' from .* which is not loaded; load that with"):
+    with pytest.raises(
+        AdapterError, match=r"made with the adapter 'ink' from .* which is not loaded; load that with"
+    ) as caught:
         two.replay(recipe)
+    assert f"from {str(ink)!r} (SHA-256" in str(caught.value)
     tensors = {"layers.0.attention.to_q.lora_A.weight": torch.ones(4, 64)}
     two.load_adapter(write_lora({**tensors, "layers.0.attention.to_q.lora_B.weight": torch.ones(64, 4)}), "ink")
     with pytest.raises(AdapterError, match=r"which is another file here \(SHA-256"):

@@ -128,6 +128,18 @@ def test_fingerprints_tell_weights_apart_and_nothing_else(tiny: Path, copy: Path
     assert fingerprint(build_checkpoint(tmp_path / "shards", max_shard_size="1MB")) != first
 
 
+def test_a_file_of_its_own_may_be_called_otherwise(tiny: Path, tmp_path: Path) -> None:
+    own = tiny / "transformer" / "diffusion_pytorch_model.safetensors"
+    first, second, other = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "other"))
+    for copy in (first, second, other):
+        shutil.copyfile(own, copy)
+    with other.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\1")
+    assert fingerprint(tiny, {"transformer": first}) == fingerprint(tiny, {"transformer": second})
+    assert fingerprint(tiny, {"transformer": first}) != fingerprint(tiny, {"transformer": other})
+
+
 def test_a_fingerprint_sees_each_component_and_a_changed_header(tiny: Path, tmp_path: Path) -> None:
     seen = {fingerprint(tiny)}
     for number, file in enumerate(sorted(tiny.rglob("*.safetensors"))):

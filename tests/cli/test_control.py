@@ -55,3 +55,6 @@ def test_a_control_image_needs_one(zimage: Callable[..., Any], edges: Path) -> N
     ended = zimage("generate", "a fox", "-m", "./nothing", "--control-image", edges)
     assert ended.code == 2
     assert "--control-image needs a ControlNet; name one with --controlnet" in ended.err
+    ended = zimage("generate", "a fox", "-m", "./nothing", "--controlnet", "net")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--controlnet follows a --control-image; pass --control-image, or leave --controlnet out" in ended.err

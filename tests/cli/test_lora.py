@@ -72,6 +72,17 @@ def test_a_lora_that_moved_is_named(zimage: Callable[..., Any], turbo: str, ink:
         assert "--lora here is NAME=SOURCE, of an adapter that the file names (ink)" in ended.err
 
 
+def test_a_lora_with_a_version_in_its_name_can_move(
+    zimage: Callable[..., Any], turbo: str, ink: Path, tmp_path: Path
+) -> None:
+    shutil.move(ink, named := tmp_path / "Ink v1.5.safetensors")
+    assert zimage("generate", "a fox", "-m", turbo, *SMALL, "--lora", named).code == 0
+    shutil.move(named, ink)
+    assert "pass --lora 'Ink v1.5=SOURCE'" in zimage("replay", "zimage-7.png").err
+    ended = zimage("replay", "zimage-7.png", "--lora", f"Ink v1.5={ink}", "--quiet")
+    assert (ended.code, ended.out) == (0, "same bits\n")
+
+
 def test_a_file_cannot_name_an_adapter_on_another_machine(
     zimage: Callable[..., Any], turbo: str, ink: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,8 @@ def test_normalization_that_is_none() -> None:
         ("wash=a folder/ink.safetensors:.5", ("a folder/ink.safetensors", "wash", 0.5)),
         (r"C:\loras\ink.safetensors", (r"C:\loras\ink.safetensors", None, None)),
         ("owner/name:2", ("owner/name", None, 2.0)),
+        ("Ink v1.5=ink.safetensors:2", ("ink.safetensors", "Ink v1.5", 2.0)),
+        ("loras/rank=8.safetensors", ("loras/rank=8.safetensors", None, None)),
         ("a:b", ("a:b", None, None)),
     ],
 )

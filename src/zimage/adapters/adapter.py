@@ -84,7 +84,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What stands for alpha where a file has none of its own: PEFT's config. `by_module` are exceptions by name."""
+    """What stands for alpha where a file has none of its own: PEFT's config. `by_module` are exceptions by the end of a
+    layer's name, or after ^ by all of it, of which the first counts, as in PEFT."""
 
     alpha: float | None = None
     by_module: Mapping[str, float] = field(default_factory=dict)
@@ -95,8 +96,7 @@ class Scaling:
         """What `up @ down` is multiplied with; `own` is the alpha in the file."""
         if own is not None:
             return own / rank
-        ends = (module[place:] for place in (0, *(at + 1 for at, mark in enumerate(module) if mark == ".")))
-        alpha = next((self.by_module[end] for end in ends if end in self.by_module), self.alpha)
+        alpha = next((alpha for name, alpha in self.by_module.items() if _is_named(name, module)), self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
@@ -195,6 +195,11 @@ def unmatched_notice(report: AdapterReport, where: str) -> str:
 def listed(keys: tuple[str, ...] | list[str]) -> str:
     """Some of the keys, as a message has them."""
     return ", ".join(map(shown, keys[:EXAMPLES])) + (", …" if len(keys) > EXAMPLES else "")
+
+
+def _is_named(name: str, module: str) -> bool:
+    whole = name.strip("^$")
+    return module == whole or (not name.startswith("^") and module.endswith(f".{whole}"))
 
 
 def _modules(group: Group) -> tuple[str, ...]:

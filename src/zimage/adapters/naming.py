@@ -14,8 +14,8 @@ from dataclasses import dataclass
 DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
 
 _PARTS = (
-    (re.compile(r"[._]lora(?:_linear_layer)?[._](?:A|down)(?:\.[\w-]{1,64})??(?:\.weight)?$"), DOWN),
-    (re.compile(r"[._]lora(?:_linear_layer)?[._](?:B|up)(?:\.[\w-]{1,64})??(?:\.weight)?$"), UP),
+    (re.compile(r"[._]lora(?:_linear_layer)?[._](?:A|down)(?:\.(?!bias$)[\w-]{1,64})??(?:\.weight)?$"), DOWN),
+    (re.compile(r"[._]lora(?:_linear_layer)?[._](?:B|up)(?:\.(?!bias$)[\w-]{1,64})??(?:\.weight)?$"), UP),
     (re.compile(r"\.(?:lora_)?alpha$"), ALPHA),
     (re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.[\w-]{1,64})??(?:\.weight)?)$"), MAGNITUDE),
 )
@@ -24,7 +24,9 @@ own name before `weight`."""
 _OTHER_KINDS = (
     ("LoKr", re.compile(r"\.lokr_[wt]\d(?:_[ab])?$")),
     ("LoHa", re.compile(r"\.hada_[wt]\d(?:_[ab])?$")),
-    ("OFT", re.compile(r"\.(?:oft_blocks|oft_diag|oft_r(?:\.[\w-]{1,64})??(?:\.weight)?)$")),
+    ("LoRA-with-biases", re.compile(r"[._]lora[._](?:B|up)(?:\.[\w-]{1,64})?\.bias$")),
+    ("BOFT", re.compile(r"\.boft_[RrSs](?:\.[\w-]{1,64})?$")),
+    ("OFT", re.compile(r"\.(?:oft_blocks|oft_diag|oft_[Rr](?:\.[\w-]{1,64})??(?:\.weight)?)$")),
     ("IA3", re.compile(r"\.ia3_l(?:\.[\w-]{1,64})?$")),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
 )

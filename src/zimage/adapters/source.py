@@ -74,6 +74,10 @@ def locate_adapter(
 
     `weight_name` names the file in a folder or repository. Raises `AdapterError`.
     """
+    if isinstance(source, Mapping):
+        raise AdapterError(
+            "a LoRA is read from its file, got a state dict; write that with safetensors.torch.save_file and pass it"
+        )
     with as_adapter_error():
         try:
             path = Path(source).expanduser()
@@ -211,7 +215,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
         raise AdapterError(f"{where}: alpha_pattern is read by plain names only, got {shown(odd[0])}; write them out")
     return Scaling(
         alpha=None if alpha is None else float(alpha),
-        by_module={name.strip("^$"): float(value) for name, value in exceptions.items()},
+        by_module={name: float(value) for name, value in exceptions.items()},
         by_root=config.get("use_rslora") is True,
     )
 

@@ -1,6 +1,6 @@
 """Saves an adapter as a safetensors file, with the names of diffusers and PEFT or of ComfyUI; whole or not at all.
 
-Values are those that were read, in their own type. Knows no model.
+Values are those that were read, in their own type, but for those that take in what scales them. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.folders import target_path
 from ..errors import RequestError
 from ..files.atomic import write_atomically
-from .adapter import Adapter
+from .adapter import Adapter, Delta
 from .naming import published
 from .source import NAMES
 
@@ -55,14 +55,17 @@ def _file_stem(name: str) -> str:
 
 
 def _tensors(adapter: Adapter, naming: str) -> dict[str, Tensor]:
-    """`scale` is written as alpha, which all readers divide by the rank, and only where it is not 1."""
+    """For ComfyUI `scale` is written as alpha, which all its readers divide by the rank, and only where it is not 1.
+
+    In PEFT's names it is in `down`: diffusers gives every name a second "transformer." where a file has an alpha.
+    """
     tensors = {}
     for module, delta in adapter.deltas.items():
         stem = f"transformer.{module}" if naming == "peft" else f"diffusion_model.{published(module)}"
         down, up = _HALVES[naming]
-        tensors[f"{stem}.{down}.weight"] = delta.down.clone()
+        tensors[f"{stem}.{down}.weight"] = _scaled(delta) if naming == "peft" else delta.down.clone()
         tensors[f"{stem}.{up}.weight"] = delta.up.contiguous().clone()
-        if delta.scale != 1.0:
+        if delta.scale != 1.0 and naming != "peft":
             tensors[f"{stem}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float64)
         if delta.magnitude is not None:
             if naming == "peft":
@@ -70,3 +73,12 @@ def _tensors(adapter: Adapter, naming: str) -> dict[str, Tensor]:
             else:
                 tensors[f"{stem}.dora_scale"] = delta.magnitude[:, None].clone()
     return tensors
+
+
+def _scaled(delta: Delta) -> Tensor:
+    """`scale * down` as layers compute with it, to the bit: in its own type where that holds it, else in float32."""
+    if delta.scale == 1.0:
+        return delta.down.clone()
+    scaled = delta.down.float() * delta.scale
+    own = scaled.to(delta.down.dtype)
+    return own if torch.equal(own.float(), scaled) else scaled

@@ -116,11 +116,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, hub_id: str | None = N
 def fingerprint(folder: str | os.PathLike[str], files: Mapping[str, Path] | None = None) -> str:
     """A sampled identity of the weights in `folder`, or in the `files` of components: 32 hex digits.
 
-    It covers the name, size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data. So
-    it tells one model from another and from a fine-tune of it, and it does not see a change of a few values between the
-    pieces. Raises `CheckpointError` where files are missing or damaged.
+    It covers size and header of every file with weights and 64 evenly spaced pieces of 4 KiB of its data, and of those
+    in the folder the name. So it tells one model from another and from a fine-tune of it, and it does not see a change
+    of a few values between the pieces. Raises `CheckpointError` where files are missing or damaged.
     """
-    return _fingerprint({component: read_component(Path(folder), component, files or {}) for component in PARTS})
+    files = files or {}
+    return _fingerprint({component: read_component(Path(folder), component, files) for component in PARTS}, files)
 
 
 def content_digest(weights: Weights) -> str:
@@ -147,11 +148,12 @@ def _component(found: Survey, name: str) -> ComponentInspection:
     )
 
 
-def _fingerprint(weights: dict[str, Weights]) -> str:
+def _fingerprint(weights: dict[str, Weights], files: Mapping[str, Path] | None = None) -> str:
     digest = hashlib.sha256()
     for component in sorted(weights):
         for header in weights[component].headers:
-            digest.update(f"{component}/{header.path.name}\0{header.size}\0{len(header.raw)}\0".encode())
+            name = "" if component in (files or {}) else header.path.name  # their users call those as they like
+            digest.update(f"{component}/{name}\0{header.size}\0{len(header.raw)}\0".encode())
             digest.update(header.raw)
             for piece in _samples(header):
                 digest.update(piece)

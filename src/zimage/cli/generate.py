@@ -175,6 +175,8 @@ def generate(
     loras = read_loras(adapters)
     if control_image is not None and controlnet is None:
         raise RequestError("--control-image needs a ControlNet; name one with --controlnet, or leave it out")
+    if controlnet is not None and control_image is None:
+        raise RequestError("--controlnet follows a --control-image; pass --control-image, or leave --controlnet out")
 
     if choice.notice:
         print(f"zimage: {choice.notice}", file=sys.stderr)

@@ -239,7 +239,7 @@ def read_loras(texts: Sequence[str] | None) -> list[LoraChoice]:
     """What each `--lora` says: `ink.safetensors`, `ink.safetensors:0.8`, `wash=ink.safetensors:0.8`."""
     choices = []
     for text in texts or ():
-        match = re.fullmatch(r"(?:([\w-]{1,64})=)?(.+?)(?::([-+]?(?:\d{1,6}\.?\d{0,9}|\.\d{1,9})))?", text)
+        match = re.fullmatch(r"(?:([^=/\\:]{1,64})=)?(.+?)(?::([-+]?(?:\d{1,6}\.?\d{0,9}|\.\d{1,9})))?", text)
         if match is None:
             raise RequestError(f"--lora must be [NAME=]SOURCE[:STRENGTH] like ink.safetensors:0.8, got {text!r}")
         strength = None if match[3] is None else float(match[3])

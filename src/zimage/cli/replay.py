@@ -6,6 +6,7 @@ The file may come from anyone: of a model that it names, nothing is downloaded u
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -240,7 +241,8 @@ def _load_adapters(
         except AdapterError as error:
             if name in given:
                 raise
-            raise AdapterError(f"{error}; the file names this adapter: pass --lora {name}=SOURCE") from None
+            option = shlex.quote(f"{name}=SOURCE")
+            raise AdapterError(f"{error}; the file names this adapter: pass --lora {option}") from None
 
 
 def _load_controlnet(
