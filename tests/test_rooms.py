@@ -54,6 +54,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "previews",
         "recorded",
         "starting",
+        "turns",
         "adapted",
         "controlled",
     ),

@@ -232,6 +232,17 @@ def test_closing_leaves_what_was_handed_in(folder: Path, expected: bytes) -> Non
     assert pixels(loaded) == expected
 
 
+def test_closing_what_streams_tells_whoever_shares_its_models(folder: Path, expected: bytes) -> None:
+    """Layers that wait in files have no values then: what is computed with them would be of any memory."""
+    loaded = load(folder)
+    sharing = ZImagePipeline.from_diffusers(loaded.to_diffusers())
+    loaded.enable_sequential_cpu_offload()
+    assert pixels(loaded) == pixels(sharing) == expected
+    loaded.close()
+    with pytest.raises(RequestError, match="for a pipeline that was closed"):
+        pixels(sharing)
+
+
 @pytest.mark.no_cover
 def test_two_hundred_pictures_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many sizes and prompts, more than are cached; resident memory after the last as after the tenth."""

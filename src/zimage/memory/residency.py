@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import NotEnoughMemory
+from ..errors import NotEnoughMemory, RequestError
 from .copiers import CudaCopier, HostCopier, Source
 from .plan import Placement
 from .ring import Copier, Field, Layer, Ring, bind, layout
@@ -29,7 +29,7 @@ class Residency:
     """Where the layers of a pipeline's two large models are.
 
     Nothing of it is left on the modules after `close`, but that parameters which were taken off the device are not on
-    it. For one thread at a time.
+    it, and that their model's `hold` says so. For one thread at a time.
     """
 
     def __init__(
@@ -83,8 +83,12 @@ class Residency:
                 tensor.data = tensor.data.to(_HOST if model is apart else device)
 
     def close(self) -> None:
-        """Take the wiring off and let go of the models; what passed through stays where it waits."""
+        """Take the wiring off and let go of the models; what passed through stays where it waits, and whoever shares
+        such a model and computes with it then is told so."""
         self._unwire()
+        for model in self._models.values():
+            if any(module in self._layers for module in model.modules()):
+                model.hold = _gone
         self._layers, self._models, self.read = {}, {}, None
 
     def _take(self, component: str, name: str, source: str, *, pinned: bool) -> None:
@@ -156,6 +160,13 @@ class Residency:
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if self._ring is not None:
             self._ring.leave(module)
+
+
+def _gone(block: nn.Module) -> NoReturn:
+    raise RequestError(
+        "layers of this model passed through the device for a pipeline that was closed, and nothing can be computed "
+        "with them any more; load the model again, and close what shares a model together"
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
