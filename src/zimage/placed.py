@@ -344,7 +344,7 @@ class Placed:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
-        with self._turn:
+        with self._turn.to_compute():
             device = self.device.type  # asked in its turn: who came before may have closed the pipeline
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 yield

@@ -6,12 +6,16 @@ go. Knows modules only by who they are.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
+
+from .errors import RequestError
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _FINDING = threading.Lock()
@@ -24,6 +28,16 @@ class Turn:
         with _FINDING:
             locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
         self._locks = sorted(locks, key=id)  # one order for all, so that no two wait for each other
+        self._process = os.getpid()
+
+    def to_compute(self) -> Turn:
+        """Itself; raises `RequestError` in a process that was forked since, where torch would wait for its threads."""
+        if os.getpid() != self._process and torch.get_num_threads() > 1:
+            raise RequestError(
+                "this process was forked from the one that loaded the pipeline, and torch's threads are not in it; "
+                "load the model in each process, or call torch.set_num_threads(1) in this one first"
+            )
+        return self
 
     def __enter__(self) -> None:
         with ExitStack() as taken:

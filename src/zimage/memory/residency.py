@@ -6,6 +6,7 @@ layers are announced by hooks, the transformer's by its own `hold`. Knows which 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -52,6 +53,7 @@ class Residency:
             del self._models["text_encoder"]
         self._layers: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
         self._ring: Ring | None = None
+        self._ring_of = 0
         self._hooks: list[Any] = []
         self._slots, self._device = placement.slots if placement else 0, device
         self._wire()
@@ -140,8 +142,10 @@ class Residency:
         self._ring = None
 
     def _turning(self) -> Ring:
-        """The ring, made when it is first needed: its places take memory of the device."""
-        if self._ring is None:
+        """The ring, made when a process first needs it: its places take memory of the device, and a thread fills them
+        that a forked process does not have."""
+        if self._ring is None or self._ring_of != os.getpid():
+            self._ring_of = os.getpid()
             order = [
                 self._layers[module]
                 for model in self._models.values()
