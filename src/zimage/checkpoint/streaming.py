@@ -32,7 +32,7 @@ def streamed_layer(
     file = layer_file(blank, weights, name, fields)
     if source == "files":
         return Layer(module, fields, size, file)
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     file(buffer)
     bind(fields, buffer)
     return Layer(module, fields, size, buffer)

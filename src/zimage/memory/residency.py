@@ -96,7 +96,7 @@ class Residency:
     def _take(self, component: str, name: str, source: str, *, pinned: bool) -> None:
         module = self._models[component].get_submodule(name)
         fields, size = layout(module)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and source == "memory")
+        buffer = torch.empty(size, dtype=torch.uint8, device=_HOST, pin_memory=pinned and source == "memory")
         if source == "memory":
             for one in fields:
                 one.view(buffer).copy_(one.parameter)
