@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from zimage import ZImagePipeline
+from zimage import RequestError, ZImagePipeline
 from zimage.turns import Turn
 
 from .conftest import load
@@ -72,6 +74,14 @@ def test_who_is_interrupted_while_waiting_keeps_nothing(monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt), broken:
         pass
     assert is_free(turn)
+
+
+@pytest.mark.parametrize("send", [pickle.dumps, copy.deepcopy])
+def test_a_pipeline_is_not_sent_elsewhere(turbo: ZImagePipeline, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
+    """And that is said before its models are written."""
+    monkeypatch.setattr(nn.Module, "__reduce_ex__", lambda *_: pytest.fail("models are copied"))
+    with pytest.raises(RequestError, match="load the model there"):
+        send(turbo)
 
 
 def is_free(turn: Turn) -> bool:

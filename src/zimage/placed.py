@@ -52,9 +52,9 @@ class Placed:
     autoencoder: Autoencoder
 
     def __init__(self, text_encoder: TextEncoder, transformer: ZImageTransformer, autoencoder: Autoencoder) -> None:
-        self.text_encoder, self.transformer, self.autoencoder = text_encoder, transformer, autoencoder
         # Modules that whoever shares a model shares too, whatever stands around them.
         self._turn = Turn(text_encoder.model.embed_tokens, transformer.layers, autoencoder.vae)
+        self.text_encoder, self.transformer, self.autoencoder = text_encoder, transformer, autoencoder
         self._residency = Residency(text_encoder.model, transformer)
         self._plan: Plan | None = None
         self._least_strips = 0

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -29,6 +29,13 @@ class Turn:
             locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
         self._locks = sorted(locks, key=id)  # one order for all, so that no two wait for each other
         self._process = os.getpid()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises `RequestError`: whoever has a turn, as a pipeline does, is not pickled and not copied in depth."""
+        raise RequestError(
+            "a pipeline cannot be pickled, sent to another process or copied with its models; load the model there, or "
+            "make another pipeline of its parts"
+        )
 
     def to_compute(self) -> Turn:
         """Itself; raises `RequestError` in a process that was forked since, where torch would wait for its threads."""
