@@ -242,8 +242,9 @@ def test_closing_what_streams_tells_whoever_shares_its_models(folder: Path, expe
     loaded.enable_sequential_cpu_offload()
     assert pixels(loaded) == pixels(sharing) == expected
     loaded.close()
-    with pytest.raises(RequestError, match="for a pipeline that was closed"):
-        pixels(sharing)
+    for text in ("a fox", "a text that is not encoded yet"):
+        with pytest.raises(RequestError, match="for a pipeline that was closed"):
+            sharing(text, progress=False, **PICTURE)
 
 
 def test_a_forked_process_waits_for_no_thread_that_it_does_not_have(folder: Path) -> None:

@@ -91,6 +91,8 @@ class Residency:
         for model in self._models.values():
             if any(module in self._layers for module in model.modules()):
                 model.hold = _gone
+        for module in self._layers:  # of a text encoder; a transformer's are held, not called
+            module.register_forward_pre_hook(_gone)
         self._layers, self._models, self.read = {}, {}, None
 
     def _take(self, component: str, name: str, source: str, *, pinned: bool) -> None:
@@ -166,7 +168,7 @@ class Residency:
             self._ring.leave(module)
 
 
-def _gone(block: nn.Module) -> NoReturn:
+def _gone(*_: Any) -> NoReturn:
     raise RequestError(
         "layers of this model passed through the device for a pipeline that was closed, and nothing can be computed "
         "with them any more; load the model again, and close what shares a model together"
