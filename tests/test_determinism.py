@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from zimage import GenerationRequest, ZImagePipeline
+from zimage import GenerationRequest, ZImagePipeline, convert_checkpoint
 from zimage.files.recipe import pixel_digest
 from zimage.testing import build_checkpoint
 from zimage.testing.configs import SIZES
@@ -135,6 +136,25 @@ def test_a_picture_does_not_depend_on_torchs_defaults(
     now = digests(base, "a fox", **small, seed=7) + digests(base, "a fox", **small, sigmas=[0.9, 0.3], seed=7)
     assert now == drawn_before
     assert digests(base, "a fox", **small, generator=generator) == drawn_before[:1]
+
+
+def test_models_and_adapters_are_read_and_written_whatever_torchs_defaults_are(
+    base_folder: Path, small: dict[str, Any], drawn_before: list[str], other_defaults: None, tmp_path: Path
+) -> None:
+    """Files are read on the host, also where a notebook has said that tensors are made on a card."""
+    convert_checkpoint(base_folder, file := tmp_path / "base.safetensors", dtype="float32")
+    pipe = ZImagePipeline.from_pretrained(base_folder, transformer=file, dtype="float32", device="cpu")
+    assert digests(pipe, "a fox", **small, seed=7) == drawn_before[:1]
+    pipe.enable_sequential_cpu_offload()
+    assert digests(pipe, "a fox", **small, seed=7) == drawn_before[:1]
+    layer = "transformer.layers.0.attention.to_q"
+    shapes = {f"{layer}.lora_A.weight": (2, 64), f"{layer}.lora_B.weight": (64, 2)}
+    halves = {name: torch.ones(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
+    save_file(halves, tmp_path / "ink.safetensors")
+    pipe.load_adapter(tmp_path / "ink.safetensors")
+    assert digests(pipe, "a fox", **small, seed=7) != drawn_before[:1]
+    pipe.save_adapter(tmp_path / "again.safetensors", "ink")
+    ZImagePipeline.from_pretrained(base_folder, weight_dtype="int8", dtype="float32", device="cpu")
 
 
 def test_a_picture_does_not_depend_on_inference_mode(own_turbo: ZImagePipeline, small: dict[str, Any]) -> None:

@@ -343,6 +343,16 @@ print([(x, y) for x, y in zip(before, after) if x != y])
     assert run_python(code, turbo_folder) == "[]\n"
 
 
+def test_a_process_without_a_console_draws_without_a_bar(
+    own_turbo: ZImagePipeline, small: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As services and windowed programs are: they have no stderr at all."""
+    own_turbo.set_progress_bar_config()
+    monkeypatch.setattr("sys.stderr", None)
+    assert own_turbo("a", **small, progress=True).images
+    assert list(own_turbo.generate_many([GenerationRequest("a", **small)]))
+
+
 def test_the_progress_bar_counts_the_steps_of_all_images(
     own_turbo: ZImagePipeline, small: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,7 +223,7 @@ def test_streams_that_take_turns_do_not_see_each_other(relay: Relay) -> None:
     pairs = list(zip(run(5), run(6), strict=True))
     for place, seed in enumerate((5, 6)):
         assert torch.equal(pairs[-1][place].latents, latents(relay, seed=seed))
-    assert relay.turbo._turn is relay.base._turn
+    assert set(relay.turbo._turn._locks) & set(relay.base._turn._locks)
 
 
 def test_a_callback_sees_every_step_and_may_change_it(relay: Relay) -> None:

@@ -64,6 +64,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "previews",
         "recorded",
         "starting",
+        "turns",
         "adapted",
         "controlled",
     ),

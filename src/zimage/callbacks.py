@@ -71,7 +71,7 @@ class StepHook:
 
         Raises `Cancelled` if the callback asked to stop, `RequestError` if what it returned cannot be used.
         """
-        timestep = torch.tensor(step.sigma * 1000.0, dtype=torch.float32)
+        timestep = torch.tensor(step.sigma * 1000.0, dtype=torch.float32, device="cpu")
         tensors, index = self._tensors(step, conditioning), self.taken + step.index
         changes = self.callback(self.handle, index, timestep, dict(tensors))
         if self.handle._interrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -197,8 +198,9 @@ def result_of(run: Generator[Any, None, Result]) -> Result:
 
 
 def progress_bar(requests: Sequence[ResolvedRequest], options: Mapping[str, Any]) -> Any:
-    """A tqdm bar over all steps of all pictures, or a context that gives `None` where `options` disable it."""
-    if options.get("disable"):
+    """A tqdm bar over all steps of all pictures, or a context that gives `None` where `options` disable it, or the
+    process has no console to show it on."""
+    if options.get("disable") or (options.get("file") is None and sys.stderr is None):
         return nullcontext()
     from tqdm.auto import tqdm
 

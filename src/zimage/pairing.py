@@ -145,7 +145,7 @@ def load_pair(
 
 
 def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch.device, held: int) -> ZImagePipeline:
-    """Turbo with a transformer of its own, and with the text encoder, the autoencoder and the turn of `lender`.
+    """Turbo with a transformer of its own, and with the text encoder and the autoencoder of `lender`; they take turns.
 
     What of the text encoder passes through the device does so by the lender's ring.
     """
@@ -166,7 +166,7 @@ def _finisher(lender: ZImagePipeline, place: Location, plan: Plan, device: torch
         model=described(place),
         folder=place.folder,
     )
-    made.text_encoder, made.autoencoder, made._turn = lender.text_encoder, lender.autoencoder, lender._turn
+    made.text_encoder, made.autoencoder = lender.text_encoder, lender.autoencoder
     made._plan, made._held_before = parts.plan, held
     made._residency = Residency(
         None,

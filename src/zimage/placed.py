@@ -1,11 +1,10 @@
 """The models of a pipeline and where they sit: its plan, the rungs below it, diffusers' names for those, and the end.
 
-`Placed` owns the models and the one lock that orders their use. Knows of a request only its size and its tokens.
+`Placed` owns the models and the turn that orders their use. Knows of a request only its size and its tokens.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +34,7 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import ZImageTransformer
 from .request import ResolvedRequest
 from .rules import shown
+from .turns import Turn
 
 if TYPE_CHECKING:
     from typing import Self
@@ -45,15 +45,16 @@ _COMPONENTS = ("text_encoder", "transformer", "vae", "controlnet")
 
 
 class Placed:
-    """The three models of a pipeline, where they sit, and one lock for their use."""
+    """The three models of a pipeline, where they sit, and the turn at their use."""
 
     text_encoder: TextEncoder
     transformer: ZImageTransformer
     autoencoder: Autoencoder
 
     def __init__(self, text_encoder: TextEncoder, transformer: ZImageTransformer, autoencoder: Autoencoder) -> None:
+        # Modules that whoever shares a model shares too, whatever stands around them.
+        self._turn = Turn(text_encoder.model.embed_tokens, transformer.layers, autoencoder.vae)
         self.text_encoder, self.transformer, self.autoencoder = text_encoder, transformer, autoencoder
-        self._turn = threading.RLock()
         self._residency = Residency(text_encoder.model, transformer)
         self._plan: Plan | None = None
         self._least_strips = 0
@@ -342,7 +343,7 @@ class Placed:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """One thread at a time, without gradients, and in the pipeline's own precision whatever autocast is around."""
-        with self._turn:
+        with self._turn.to_compute():
             device = self.device.type  # asked in its turn: who came before may have closed the pipeline
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 yield

@@ -34,7 +34,7 @@ class Recorded(Previewing):
 
     def replay(
         self,
-        picture: str | os.PathLike[str] | Recipe,
+        picture: str | os.PathLike[str] | bytes | Recipe,
         *,
         image: Any = None,
         mask_image: Any = None,
@@ -42,7 +42,7 @@ class Recorded(Previewing):
         cancel: CancelToken | None = None,
         progress: bool = False,
     ) -> Replay:
-        """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same.
+        """Make the picture of a PNG, of what is in one, or of a recipe again, and say whether its pixels are the same.
 
         A picture that was made from images needs them again, `image`, `mask_image` and `control_image` as they were
         given then. Raises `RequestError` for others, and if the file has no recipe, or one that this model cannot

@@ -222,14 +222,15 @@ class Relay(Together):
 
     def replay(
         self,
-        picture: str | os.PathLike[str] | Recipe,
+        picture: str | os.PathLike[str] | bytes | Recipe,
         *,
         control_image: Any = None,
         cancel: CancelToken | None = None,
         progress: bool = False,
     ) -> Replay:
-        """Make the picture of a PNG (or of a recipe) again, and say whether its pixels are the same; the result's
-        `request` is the base model's. Raises what a pipeline does, and `RequestError` for a picture of one model."""
+        """Make the picture of a PNG, of what is in one, or of a recipe again, and say whether its pixels are the same;
+        the result's `request` is the base model's. Raises what a pipeline does, and `RequestError` for a picture of one
+        model."""
         recipe = picture if isinstance(picture, Recipe) else read_recipe(picture)
         if recipe.turbo is None:
             raise RequestError(

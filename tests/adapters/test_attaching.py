@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,26 @@ def test_closing_takes_adapters_off_modules_that_were_handed_in(
     assert checksum(owner) == before
     with pytest.raises(RequestError, match="this pipeline was closed"):
         borrower.load_adapter(ink)
+
+
+def test_adapters_of_one_pipeline_do_not_act_in_pictures_of_another_with_its_modules(
+    turbo_folder: Path, ink: Path, draw: Draw, without: Tensor
+) -> None:
+    """Also not in one that another thread draws meanwhile: it waits for the step that is being taken."""
+    owner = ZImagePipeline.from_pretrained(turbo_folder, dtype="float32", device="cpu")
+    borrower = ZImagePipeline.from_diffusers(owner.to_diffusers())
+    borrower.load_adapter(ink)
+    drawn: list[Future[Tensor]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(*_: Any) -> None:
+            if not drawn:
+                drawn.append(pool.submit(draw, owner))
+                wait(drawn, timeout=0.5)
+
+        with owner.transformer.all_final_layer["2-1"].linear.register_forward_pre_hook(meanwhile):
+            assert not torch.equal(draw(borrower), without)
+        assert torch.equal(drawn[0].result(), without)
 
 
 def test_a_saved_pipeline_is_the_model_without_adapters(

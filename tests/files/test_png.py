@@ -109,6 +109,10 @@ def test_saving_a_picture_as_png_carries_the_recipe(tmp_path: Path, target: str)
         image.save(os.fsencode(path) if target == "bytes path" else path, formats.get(target))
     assert read_recipe(path) == image.recipe
     assert read_recipe(io.BytesIO(path.read_bytes())) == image.recipe
+    for kind in (bytes, bytearray, memoryview):
+        assert read_recipe(kind(path.read_bytes())) == image.recipe
+    with pytest.raises(RequestError, match="this file of 3 bytes is not a PNG file"):
+        read_recipe(b"PNG")
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 

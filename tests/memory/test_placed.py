@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -230,6 +233,44 @@ def test_closing_leaves_what_was_handed_in(folder: Path, expected: bytes) -> Non
     loaded = load(folder)
     ZImagePipeline.from_diffusers(loaded.to_diffusers()).close()
     assert pixels(loaded) == expected
+
+
+def test_closing_what_streams_tells_whoever_shares_its_models(folder: Path, expected: bytes) -> None:
+    """Layers that wait in files have no values then: what is computed with them would be of any memory."""
+    loaded = load(folder)
+    sharing = ZImagePipeline.from_diffusers(loaded.to_diffusers())
+    loaded.enable_sequential_cpu_offload()
+    assert pixels(loaded) == pixels(sharing) == expected
+    loaded.close()
+    for text in ("a fox", "a text that is not encoded yet"):
+        with pytest.raises(RequestError, match="for a pipeline that was closed"):
+            sharing(text, progress=False, **PICTURE)
+
+
+def test_a_forked_process_waits_for_no_thread_that_it_does_not_have(folder: Path) -> None:
+    """Neither for the one that reads layers nor for torch's."""
+    threads, pipe = torch.get_num_threads(), load(folder)
+    pipe.enable_sequential_cpu_offload()
+    torch.set_num_threads(1)
+    try:
+        expected = pixels(pipe)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of what is tried here
+            child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            try:
+                torch.set_num_threads(2)
+                with pytest.raises(RequestError, match="load the model in each process"):
+                    pixels(pipe)
+                torch.set_num_threads(1)
+                assert pixels(pipe) == expected
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.no_cover

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -277,6 +278,8 @@ def test_the_margin() -> None:
         (10**11, 10**11),
         ("500KB", 500_000),
         ("1500000", 1500000),
+        ("16000000000", 16 * 10**9),
+        (np.int64(16 * 10**9), 16 * 10**9),
     ],
 )
 def test_amounts(text: Any, count: int | None) -> None:

@@ -47,3 +47,11 @@ def test_where_compiling_fails_a_line_says_why_and_pictures_are_made(turbo_folde
     assert torch.equal(latents(pipe), expected)
     assert pipe.plan is not None
     assert pipe.plan.stepped_down == ()
+
+
+def test_a_default_device_that_torch_cannot_compile_with_is_such_a_failure(turbo_folder: Path) -> None:
+    pipe = load(turbo_folder)
+    expected = latents(pipe)
+    compile_blocks(pipe.transformer, "eager")
+    with torch.device("cpu"), pytest.warns(ZImageWarning, match="computed as they are: ConstraintViolationError"):
+        assert torch.equal(latents(pipe), expected)

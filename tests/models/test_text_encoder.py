@@ -5,6 +5,7 @@ That its features are diffusers' is shown in tests/parity.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,22 @@ def test_a_prompt_that_fits_to_the_token_is_not_cut(encoder: TextEncoder) -> Non
     assert encoder.tokenize("a fox", total).cut == ""
     assert len(encoder.tokenize("a fox", total).ids) == total
     assert encoder.tokenize("a fox", total - 1).total == total
+
+
+def test_a_prompt_beyond_what_the_tokenizer_says_it_takes_is_cut_in_silence(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers says on stderr that such a sequence leads to errors; here it is cut, and a warning says so."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    monkeypatch.setattr(encoder.tokenizer, "model_max_length", 5)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert encoder.tokenize("a fox in the snow", 8).total > 8
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not said
 
 
 def test_features(encoder: TextEncoder) -> None:

@@ -182,7 +182,7 @@ def _read(file: Any, entry: Entry, name: str, header: Header) -> tuple[Tensor, A
             f"{header.path}: {shown(name)} is of the type {entry.dtype}; LoRAs are read in {', '.join(_DTYPES)}, only "
             "alpha may be a whole number"
         )
-    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8, device="cpu")
     content = view = memoryview(raw.numpy())  # type: ignore[arg-type]
     while len(view):
         count = file.readinto(view)

@@ -66,7 +66,7 @@ def _tensors(adapter: Adapter, naming: str) -> dict[str, Tensor]:
         tensors[f"{stem}.{down}.weight"] = _scaled(delta) if naming == "peft" else delta.down.clone()
         tensors[f"{stem}.{up}.weight"] = delta.up.contiguous().clone()
         if delta.scale != 1.0 and naming != "peft":
-            tensors[f"{stem}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float64)
+            tensors[f"{stem}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float64, device="cpu")
         if delta.magnitude is not None:
             if naming == "peft":
                 tensors[f"{stem}.lora_magnitude_vector"] = delta.magnitude.clone()

@@ -52,7 +52,8 @@ def build(component: str, config: dict[str, Any], names: Collection[str]) -> Bla
         ) from error
     if component == "text_encoder":
         # Its frequencies are computed, not stored, so they must be made outside of the meta device.
-        module.rotary_emb = Qwen3RotaryEmbedding(module.config)
+        with torch.device("cpu"):
+            module.rotary_emb = Qwen3RotaryEmbedding(module.config)
     module.eval().requires_grad_(False)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if component != "text_encoder":

@@ -105,11 +105,11 @@ class _Staging:
     """What values pass through on their way from a file: `CHUNK` bytes of the host, made when they are first needed."""
 
     def __init__(self, *, pinned: bool) -> None:
-        self._pinned, self._buffer = pinned, torch.empty(0, dtype=torch.uint8)
+        self._pinned, self._buffer = pinned, torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def view(self, dtype: torch.dtype) -> Tensor:
         if not len(self._buffer):
-            self._buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
         return self._buffer.view(dtype)
 
 
@@ -215,8 +215,8 @@ class _Source:
         """What rows are multiplied with, (rows, 1) or (1, 1) in float32: 1 where the file says nothing."""
         entry = self.entry.scale
         if entry is None:
-            return torch.ones(1, 1)
-        raw = torch.empty(math.prod(entry.shape), dtype=_DTYPES[entry.dtype])
+            return torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        raw = torch.empty(math.prod(entry.shape), dtype=_DTYPES[entry.dtype], device="cpu")
         self._fetch(entry.start - self.entry.start, raw)
         if not bool(torch.isfinite(raw).all()):
             raise self._not_finite()

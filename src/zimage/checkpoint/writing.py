@@ -115,10 +115,10 @@ def _values(one: Outgoing, dtype: torch.dtype) -> Tensor:
     """All of a tensor, its parts one after the other."""
     first = one.parts[0][2].shape
     if len(one.parts) == 1:
-        whole = torch.empty(first, dtype=dtype)
+        whole = torch.empty(first, dtype=dtype, device="cpu")
         read_into(whole, *one.parts[0])
         return whole
-    whole, begin = torch.empty(one.shape, dtype=dtype), 0
+    whole, begin = torch.empty(one.shape, dtype=dtype, device="cpu"), 0
     for header, name, entry in one.parts:
         read_into(whole[begin : begin + entry.shape[0]], header, name, entry)
         begin += entry.shape[0]

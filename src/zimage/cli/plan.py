@@ -11,7 +11,7 @@ import typer
 from ..errors import RequestError
 from ..hires import demands
 from ..memory.plan import Budget, Placement, Plan, gib, parse_memory
-from ..memory.planner import make_plan
+from ..memory.planner import ENCODINGS, make_plan
 from ..memory.sizes import ITEMSIZE, RELEASED, ModelSizes, Work
 from ..request import GenerationRequest
 from .checkpoints import table
@@ -90,7 +90,7 @@ def plan(
         sizes,
         work,
         _budget(memory, host_memory, device),
-        text_encoder=encoding,
+        text_encoder=_encoding(encoding),
         weights=weight_dtype,
         quantize_activations=quantize_activations,
     )
@@ -145,7 +145,8 @@ def _sizes(model: str, controlnet: str | None, dtype: str, **files: str | None) 
 
 
 def _budget(memory: str, host_memory: str | None, device: str | None) -> Budget:
-    amount, host = parse_memory(memory), None if host_memory is None else parse_memory(host_memory)
+    amount = parse_memory(memory)
+    host = None if host_memory is None else parse_memory(host_memory, "--host-memory")
     kind = None if device is None else device.split(":")[0]
     if kind not in (None, "cuda", "mps", "cpu"):
         raise RequestError(f"--device must be cuda, mps or cpu, got {device!r}")
@@ -168,6 +169,12 @@ def _dtype(dtype: str | None) -> str:
     if chosen not in ITEMSIZE:
         raise RequestError(f"--dtype must be auto, {', '.join(ITEMSIZE)}, got {dtype!r}")
     return str(chosen)
+
+
+def _encoding(encoding: str | None) -> str | None:
+    if encoding not in (None, *ENCODINGS):
+        raise RequestError(f"--encoding must be {', '.join(ENCODINGS)}, got {encoding!r}")
+    return encoding
 
 
 def _tokens(tokens: int) -> int:

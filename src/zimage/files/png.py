@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from io import BytesIO
 from typing import IO, Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -93,8 +94,9 @@ def save_png(image: Image.Image, path: AnyPath, recipe: Recipe | None, overwrite
     write_atomically(path, lambda file: save(image, file, "PNG", pnginfo=chunks), overwrite=overwrite)
 
 
-def read_recipe(source: AnyPath | IO[bytes] | Image.Image) -> Recipe:
-    """The recipe that a PNG, an image opened from one, or a `Picture` carries; the file may come from anyone.
+def read_recipe(source: AnyPath | bytearray | memoryview | IO[bytes] | Image.Image) -> Recipe:
+    """The recipe that a PNG, an image opened from one, or a `Picture` carries; the file may come from anyone. Bytes are
+    what is in a file, never its path.
 
     Raises `RequestError`, and nothing else, where there is none, it is not valid, or the file is damaged or no PNG.
     """
@@ -107,6 +109,8 @@ def read_recipe(source: AnyPath | IO[bytes] | Image.Image) -> Recipe:
         if not isinstance(source, PngImageFile):
             raise RequestError("this image has no recipe, as an edited one has not; read the recipe from its PNG file")
         return _recipe_in(source, "this image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _read(BytesIO(source), f"this file of {memoryview(source).nbytes} bytes")
     if not isinstance(source, PATHS):
         return _read(source, "this file")
     name = brief(source)

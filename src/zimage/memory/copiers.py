@@ -77,7 +77,7 @@ class CudaCopier:
         self, place: Tensor, source: Callable[[Tensor], None], free: torch.cuda.Event
     ) -> torch.cuda.Event:
         if self._staging is None:
-            self._staging = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True)
+            self._staging = torch.empty(self._largest, dtype=torch.uint8, device="cpu", pin_memory=True)
         if self._staged is not None:
             self._staged.synchronize()
         host = self._staging[: len(place)]

@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..arrays import plain
 from ..errors import RequestError
 from .sizes import ModelSizes, Work
 
@@ -190,24 +191,25 @@ class Plan:
         return "\n".join(lines)
 
 
-def parse_memory(text: str | int) -> int | None:
+def parse_memory(text: str | int, name: str = "memory") -> int | None:
     """Bytes of "16GB", "12.5 GiB" or a number of bytes, a million at least; `None` for "auto". Raises `RequestError`
-    for anything else.
+    for anything else, of which it speaks by `name`.
 
     GB are 10⁹ bytes and GiB 2³⁰, as cards are sold and as tools count.
     """
+    text = plain(text)
     if text == "auto":
         return None
     if isinstance(text, int) and not isinstance(text, bool) and text >= _LEAST:
         return text
     written = str(text) if isinstance(text, str | int) and not isinstance(text, bool) else ""
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([KMG]?i?B?)\s*", written, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]?i?B?)\s*", written, re.IGNORECASE)
     amount = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
     if amount < 1 or match is None:
-        raise RequestError(f"memory must be 'auto' or an amount like '16GB' or '12GiB', got {text!r}")
+        raise RequestError(f"{name} must be 'auto' or an amount like '16GB' or '12GiB', got {text!r}")
     if amount < _LEAST and not match[2]:
         unit = "GB" if amount < 1000 else "MB"
-        raise RequestError(f"memory must have a unit, got {text!r}, which is so many bytes; write '{match[1]}{unit}'")
+        raise RequestError(f"{name} must have a unit, got {text!r}, which is so many bytes; write '{match[1]}{unit}'")
     return int(amount)
 
 

@@ -25,6 +25,8 @@ WITH_ACTIVATIONS = ("int8", "float8")
 """What weights must be stored as for activations to be rounded to it too: what devices have products of."""
 Picture = tuple[int, int, int] | tuple[int, int, int, bool]
 """Height, width, tokens, and whether it is from an image: what `fit_picture` takes."""
+ENCODINGS = ("resident", "streamed", "cpu")
+"""Where a text encoder can be."""
 STEP_DOWN = 0.95
 """Of what a stage was predicted to need and did not get, what the next rung may use."""
 
@@ -45,7 +47,7 @@ def make_plan(
     `NotEnoughMemory` naming what would fit, `RequestError` for wrong options.
     """
     check_weights(weights, quantize_activations)
-    if text_encoder not in (None, "resident", "streamed", "cpu"):
+    if text_encoder not in (None, *ENCODINGS):
         raise RequestError(f"text_encoder must be 'resident', 'streamed' or 'cpu', got {text_encoder!r}")
     rejected: list[Rejected] = []
     for choice in _choices(sizes, work, budget, text_encoder, weights):

@@ -6,15 +6,16 @@ layers are announced by hooks, the transformer's by its own `hold`. Knows which 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import NotEnoughMemory
+from ..errors import NotEnoughMemory, RequestError
 from .copiers import CudaCopier, HostCopier, Source
 from .plan import Placement
 from .ring import Copier, Field, Layer, Ring, bind, host_buffers, layout
@@ -29,7 +30,7 @@ class Residency:
     """Where the layers of a pipeline's two large models are.
 
     Nothing of it is left on the modules after `close`, but that parameters which were taken off the device are not on
-    it. For one thread at a time.
+    it, and that their model's `hold` says so. For one thread at a time.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Residency:
             del self._models["text_encoder"]
         self._layers: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
         self._ring: Ring | None = None
+        self._ring_of = 0
         self._hooks: list[Any] = []
         self._slots, self._device = placement.slots if placement else 0, device
         self._wire()
@@ -86,8 +88,14 @@ class Residency:
                 tensor.data = tensor.data.to(_HOST if model is apart else device)
 
     def close(self) -> None:
-        """Take the wiring off and let go of the models; what passed through stays where it waits."""
+        """Take the wiring off and let go of the models; what passed through stays where it waits, and whoever shares
+        such a model and computes with it then is told so."""
         self._unwire()
+        for model in self._models.values():
+            if any(module in self._layers for module in model.modules()):
+                model.hold = _gone
+        for module in self._layers:  # of a text encoder; a transformer's are held, not called
+            module.register_forward_pre_hook(_gone)
         self._layers, self._models, self.read = {}, {}, None
 
     def _is_to_be_taken(self, module: nn.Module, source: str) -> bool:
@@ -108,7 +116,7 @@ class Residency:
         """To its file, which has to hold what it is now."""
         module = self._models[component].get_submodule(name)
         fields, size = layout(module)
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device=_HOST)
         assert self.read is not None
         read = self.read(component, name, fields)
         assert callable(read)
@@ -148,8 +156,10 @@ class Residency:
         self._ring = None
 
     def _turning(self) -> Ring:
-        """The ring, made when it is first needed: its places take memory of the device."""
-        if self._ring is None:
+        """The ring, made when a process first needs it: its places take memory of the device, and a thread fills them
+        that a forked process does not have."""
+        if self._ring is None or self._ring_of != os.getpid():
+            self._ring_of = os.getpid()
             order = [
                 self._layers[module]
                 for model in self._models.values()
@@ -168,6 +178,13 @@ class Residency:
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if self._ring is not None:
             self._ring.leave(module)
+
+
+def _gone(*_: Any) -> NoReturn:
+    raise RequestError(
+        "layers of this model passed through the device for a pipeline that was closed, and nothing can be computed "
+        "with them any more; load the model again, and close what shares a model together"
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -98,12 +98,12 @@ def host_buffers(sizes: Sequence[int], *, page_locked: bool) -> Iterator[Tensor]
     """For layers of so many bytes, in this order, flat buffers of the host, each allocated when it comes to it.
     Page-locked ones lie together, as `pages` has it."""
     if not page_locked:
-        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        yield from (torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
         return
     apart, begin = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], 0
     for count in together(apart):
         end = begin + count
-        both = torch.empty(sum(apart[begin:end]), dtype=torch.uint8, pin_memory=True)
+        both = torch.empty(sum(apart[begin:end]), dtype=torch.uint8, device="cpu", pin_memory=True)
         for size, buffer in zip(sizes[begin:end], both.split(apart[begin:end]), strict=True):
             yield buffer[:size]
         begin = end

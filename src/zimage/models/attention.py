@@ -196,9 +196,11 @@ def _with(name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tens
 def _inputs(
     tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = (3, 1, tokens, heads, head_dim)
-    query, key, value = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    query, key, value = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        device=device, dtype=dtype
+    )
     return query, key, value
 
 

@@ -102,6 +102,8 @@ def _is_plain(block: nn.Module) -> bool:
 
 def _is_of_the_compiler(error: Exception) -> bool:
     """Whether compiling failed, for another reason than memory of the device; what runs raises errors of its own."""
-    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError  # slow, and there once it compiles
+
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException | ConstraintViolationError):
         return False
     return not isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError | MemoryError)

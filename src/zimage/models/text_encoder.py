@@ -59,7 +59,7 @@ class TextEncoder:
     def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
         """The ids of the templated prompt, cut on the right at `max_sequence_length`."""
         text = TEMPLATE.replace("{prompt}", prompt)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         ids = encoded["input_ids"]
         if len(ids) <= max_sequence_length:
             return Tokens(tuple(ids), len(ids))

@@ -69,5 +69,6 @@ def _filled(component: str, config: Config, values: Values, device: torch.device
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
         # Its frequencies are computed, not stored, so they must be made outside of the meta device.
-        module.rotary_emb = Qwen3RotaryEmbedding(module.config).to(device)
+        with torch.device(device):
+            module.rotary_emb = Qwen3RotaryEmbedding(module.config)
     return module.eval().requires_grad_(False)

@@ -129,13 +129,13 @@ class Values:
         """One tensor, drawn in float32 and rounded to `dtype`."""
         law = next(law for law in laws(self.component, self.size, large=self.large) if re.search(law.pattern, name))
         digest = hashlib.blake2b(f"{self.seed}/{self.component}/{name}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
         reach = _HALF_WIDTH * law.deviation(shape)
-        tensor = torch.empty(shape, dtype=self.dtype)
+        tensor = torch.empty(shape, dtype=self.dtype, device="cpu")
         flat = tensor.view(-1)
         for start in range(0, len(flat), _CHUNK):
             chunk = flat[start : start + _CHUNK]
-            drawn = torch.empty(chunk.shape, dtype=torch.float32)
+            drawn = torch.empty(chunk.shape, dtype=torch.float32, device="cpu")
             drawn.uniform_(law.mean - reach, law.mean + reach, generator=generator)
             if self.component == "vae" and name.startswith("encoder.conv_out."):
                 _narrow_posterior(drawn, name)
