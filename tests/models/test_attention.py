@@ -51,8 +51,8 @@ def test_a_backend_by_name_computes_attention(name: str) -> None:
         ("float8", r"attention backend 'float8' does not work on cpu in torch\.float32: .*needs a Hopper card"),
         (None, "attention backend must be auto, fastest, .*; got None"),
         ("_flash_3_hub", "'_flash_3_hub' runs code that it downloads.*install its package"),
-        ("flash", r"attention backend 'flash' does not work on cpu in torch.float32: \w+"),
-        ("sage", "attention backend 'sage' does not work on cpu"),
+        ("flash", r"'flash' does not work on cpu in torch.float32: .*install `flash-attn>=\S+`; leave it out"),
+        ("sage", r"attention backend 'sage' does not work on cpu in torch.float32: .*install `sageattention>="),
         ("_native_cudnn", "attention backend '_native_cudnn' does not work on cpu"),
     ],
 )
@@ -64,8 +64,10 @@ def test_what_is_refused(name: str, message: str, base: ZImagePipeline) -> None:
 
 def test_a_backend_with_wrong_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "dispatch_attention_fn", lambda query, key, value, backend: value)
-    with pytest.raises(RequestError, match=r"'flash' does not work on cpu in torch\.float32: its result is wrong"):
-        choose("flash", 1, 4, 16, CPU, torch.float32)
+    with pytest.raises(
+        RequestError, match=r"'_native_flash' does not work on cpu in torch\.float32: its result is wrong"
+    ):
+        choose("_native_flash", 1, 4, 16, CPU, torch.float32)
 
 
 def test_the_fastest_is_measured_among_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -99,13 +100,16 @@ def choose(backend: str, tokens: int, heads: int, head_dim: int, device: torch.d
         raise RequestError(f"attention backend must be auto, fastest, float8, {', '.join(names)}; got {backend!r}")
     trial = _inputs(_TRIAL_TOKENS, heads, head_dim, device, dtype)
     try:
+        if backend != FLOAT8:
+            attention_dispatch._check_attention_backend_requirements(AttentionBackendName(backend))  # names the package
         result = _narrow(trial) if backend == FLOAT8 else _with(backend, trial)()
         good = torch.nn.functional.cosine_similarity(result.flatten().float(), _exact(trial), dim=0).item() > GAIN
         reason = "its result is wrong"
     except RequestError:
         raise
     except Exception as error:  # whatever a library has to say about its absence, the device or the type
-        good, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        good, reason = False, shorten(said, 300, placeholder=" ...").rstrip(".")
     if not good:
         raise RequestError(
             f"attention backend {backend!r} does not work on {device} in {dtype}: {reason}; leave it out"
