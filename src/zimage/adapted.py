@@ -50,6 +50,7 @@ class Adapted(Placed):
         super().__init__(text_encoder, transformer, autoencoder)
         self._attachments = Attachments(self.transformer)
         self._strengths: dict[str, float] = {}
+        self._set_aside: dict[str, float] = {}
 
     @property
     def adapters(self) -> dict[str, float]:
@@ -130,6 +131,7 @@ class Adapted(Placed):
         with self._turn:
             self._attachments.require(names)
             self._strengths = {name: 0.0 for name in self._strengths} | dict(zip(names, strengths, strict=True))
+            self._set_aside = {}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take adapters off; with the last the model is to the bit what it was without."""
@@ -139,6 +141,7 @@ class Adapted(Placed):
             for name in names:
                 self._attachments.detach(name)
                 del self._strengths[name]
+                self._set_aside.pop(name, None)
             self._account()
 
     def save_adapter(
@@ -194,12 +197,26 @@ class Adapted(Placed):
         """Names of all, by what they are attached to."""
         return {"transformer": list(self._strengths)} if self._strengths else {}
 
+    def disable_lora(self) -> None:
+        """Let no adapter act in pictures that do not say otherwise, until `enable_lora` or `set_adapters`."""
+        with self._turn:
+            self._set_aside |= {name: value for name, value in self._strengths.items() if value}
+            self._strengths = dict.fromkeys(self._strengths, 0.0)
+
+    def enable_lora(self) -> None:
+        """Let those act again that acted before `disable_lora`, as strong as they did."""
+        with self._turn:
+            self._strengths |= {name: one for name, one in self._set_aside.items() if self._strengths.get(name) == 0}
+            self._set_aside = {}
+
     def fuse_lora(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: what is merged into rounded weights cannot be taken out again to the bit."""
         raise RequestError(
             "adapters are computed beside the weights and never merged into them, so that they can be taken off; leave "
-            "fuse_lora out, and where it was given lora_scale, pass that to set_adapters"
+            "fuse_lora and unfuse_lora out, and where lora_scale was given, pass that to set_adapters"
         )
+
+    unfuse_lora = fuse_lora
 
     def close(self) -> None:
         """Take all adapters off and let go of the models; the pipeline cannot be used afterwards.

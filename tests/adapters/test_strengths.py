@@ -194,6 +194,26 @@ def test_a_folder_that_is_named_by_a_dot_has_a_name(
         pipe.delete_adapters("linked" if source == "linked" else "toy")
 
 
+def test_adapters_are_disabled_and_enabled_again(pipe: ZImagePipeline, ink: Path, draw: Draw) -> None:
+    none = draw(pipe)
+    for name, strength in (("toy", 0.5), ("off", 0.0), ("gone", 0.7)):
+        pipe.load_adapter(ink, name, strength=strength)
+    before = draw(pipe, adapters={"toy": 0.5})
+    pipe.disable_lora()
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), none)
+    assert pipe.get_active_adapters() == []
+    pipe.delete_adapters("gone")
+    pipe.load_adapter(ink, "gone", strength=0.0)
+    pipe.enable_lora()
+    assert pipe.adapters == {"toy": 0.5, "off": 0.0, "gone": 0.0}
+    assert torch.equal(draw(pipe), before)
+    pipe.disable_lora()
+    pipe.set_adapters("off", 0.25)
+    pipe.enable_lora()
+    assert pipe.adapters == {"toy": 0.0, "off": 0.25, "gone": 0.0}
+
+
 def test_scripts_for_diffusers_run(pipe: ZImagePipeline, ink: Path, draw: Draw) -> None:
     """Their order of loading, setting and scaling."""
     none = draw(pipe)
@@ -210,8 +230,9 @@ def test_scripts_for_diffusers_run(pipe: ZImagePipeline, ink: Path, draw: Draw) 
     assert torch.equal(draw(pipe, joint_attention_kwargs={"scale": 0.5}, adapters={"default_0": 2.0}), toy)
     assert torch.equal(draw(pipe), toy)
     pipe.delete_adapters("default_0")
-    with pytest.raises(RequestError, match="leave fuse_lora out"):
-        pipe.fuse_lora(lora_scale=0.7)
+    for merge in (pipe.fuse_lora, pipe.unfuse_lora):
+        with pytest.raises(RequestError, match="leave fuse_lora and unfuse_lora out"):
+            merge(lora_scale=0.7)
     with pytest.raises(RequestError, match=r"joint_attention_kwargs can be \{'scale': a number\}"):
         draw(pipe, joint_attention_kwargs={"gate": 1})
     with pytest.raises(AdapterError, match="no adapter named 'pixel'"):
