@@ -39,7 +39,7 @@ def read_component(folder: Path, component: str, files: Mapping[str, Path]) -> W
 
 def read_single(path: Path, component: str) -> Weights:
     """The tensors in the file of a component, by our names; raises `CheckpointError` naming it."""
-    header = read_gguf_header(path) if is_gguf(path) else read_header(path)
+    header = read_any(path)
     _require_kind(header, component)
     entries: dict[str, Entry] = {}
     for name, entry in _with_scales(header, component).items():
@@ -50,11 +50,21 @@ def read_single(path: Path, component: str) -> Weights:
     return Weights((replace(header, entries=entries),))
 
 
+def read_any(path: Path) -> Header:
+    """The header of a safetensors or GGUF file, told apart by how it begins; raises `CheckpointError` naming it."""
+    return read_gguf_header(path) if is_gguf(path) else read_header(path)
+
+
+def is_adapter(header: Header) -> bool:
+    """Whether tensors are called as those of a LoRA or the like are."""
+    return any(_ADAPTER.search(name) for name in header.entries)
+
+
 def _require_kind(header: Header, component: str) -> None:
     """Raises `CheckpointError` where the file says by itself that it is something else."""
     called = component.replace("_", " ")
-    adapter = next((name for name in header.entries if _ADAPTER.search(name)), None)
-    if adapter is not None:
+    if is_adapter(header):
+        adapter = next(name for name in header.entries if _ADAPTER.search(name))
         raise CheckpointError(
             f"{header.path} is a LoRA or the like and no {called}: it has {shown(adapter)}; load the model and then "
             "this file with pipe.load_adapter(), on the command line --lora"

@@ -1,4 +1,4 @@
-"""`zimage variants` and `zimage inspect`: which models there are, and what is in a folder. Draws nothing."""
+"""`zimage variants` and `zimage inspect`: which models there are, and what a folder or a file holds. Draws nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from ..variants import VARIANTS, Variant
 from .options import Json
 
 if TYPE_CHECKING:
+    from ..checkpoint.identify import FilePart
     from ..checkpoint.inspect import Inspection
+
+_OPTIONS = {
+    "transformer": "--transformer",
+    "text_encoder": "--text-encoder",
+    "vae": "--vae",
+    "adapter": "--lora",
+    "controlnet": "--controlnet",
+}
+"""What takes a file that holds such a part."""
 
 
 def variants(json: Json = False) -> None:
@@ -30,14 +40,20 @@ def variants(json: Json = False) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder in the hub's layout, or a model that is on this machine.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder in the hub's layout, a file with weights, or a model that is here.")
+    ],
     json: Json = False,
 ) -> None:
     """Say what a checkpoint holds: that of a folder, of `demo` or `demo-turbo`, or of a name or hub id in the cache.
 
-    With the shift stand the sampler and the guidance that it names of its own. Weights are not loaded, and nothing is
-    downloaded. Exit code 1 if there are problems, 0 if it will load.
+    With the shift stand the sampler and the guidance that it names of its own. Of a file, safetensors or GGUF, it says
+    which components are in it, or that it is a LoRA or a ControlNet, and the option of `generate` that takes it.
+    Nothing is loaded or downloaded. Exit code 1 if there are problems, 0 if it will load.
     """
+    if os.path.isfile(model):
+        _inspect_file(model, json)
+        return
     from ..checkpoint.inspect import inspect_checkpoint
     from ..checkpoint.locate import locate
 
@@ -52,6 +68,22 @@ def inspect(
         _print_inspection(found)
     if found.problems:
         raise typer.Exit(1)
+
+
+def _inspect_file(file: str, json: bool) -> None:
+    from ..checkpoint.identify import identify
+
+    parts = identify(file)
+    if json:
+        described = [{**asdict(part), "option": _OPTIONS[part.kind]} for part in parts]
+        print(json_format.dumps({"file": file, "parts": described}))
+        return
+    print(table([("holds", "parameters", "size", "types", "option"), *map(_file_row, parts)]))
+
+
+def _file_row(part: FilePart) -> tuple[str, ...]:
+    size, types = f"{part.bytes / 2**20:.1f} MiB", ", ".join(part.dtypes)
+    return part.kind, f"{part.parameters:,}", size, types, _OPTIONS[part.kind]
 
 
 def _print_inspection(found: Inspection) -> None:
