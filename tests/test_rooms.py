@@ -82,6 +82,7 @@ OPEN_TO_APPS = (
     "adapters.controlnet",
     "bench",
     "checkpoint.convert",
+    "checkpoint.identify",
     "checkpoint.inspect",
     "checkpoint.locate",
     "checkpoint.sizes",
