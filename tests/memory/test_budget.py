@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zimage import RequestError
-from zimage.memory import budget
+from zimage.memory import budget, ladder
 from zimage.memory.plan import Budget
 
 GIB = 2**30
@@ -35,14 +35,31 @@ def test_a_card(machine: Path) -> None:
 
 
 def test_what_another_model_holds_is_not_free(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But what garbage held is, and for a model that is there already what tensors hold is its own."""
+    """But what garbage held is, on the host too, and for a model that is there already what tensors hold is its own."""
     held, card = {"model": 4 * GIB, "garbage": GIB // 2}, torch.device("cuda")
+    waiting = {"garbage": 10 * GIB}
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: sum(held.values()))
-    monkeypatch.setattr(budget, "release", lambda: held.pop("garbage", None))
-    assert budget.find_budget("auto", card).device == 9 * GIB  # of 9 that are free and 1 that torch keeps, less 1
+    monkeypatch.setattr(budget, "release", lambda: [memory.pop("garbage", None) for memory in (held, waiting)])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB - sum(waiting.values())))
+    found = budget.find_budget("auto", card)
+    assert found.device == 9 * GIB  # of 9 that are free and 1 that torch keeps, less 1
+    assert found.host == 18 * GIB
     assert budget.find_budget("12GiB", card).device == 9 * GIB
     assert budget.find_budget("20GiB", card, loaded=True).device == pytest.approx(0.9 * 14 * GIB)
+
+
+def test_torch_gives_back_what_it_keeps_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its build has a name for that: page-locked memory it would keep for as long as the process lives."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("device"))
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    ladder.release()
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: done.append("host"), raising=False)
+    ladder.release()
+    assert done == ["device", "device", "host"]
 
 
 def test_a_device_that_is_the_host(machine: Path) -> None:

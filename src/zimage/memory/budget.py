@@ -21,10 +21,11 @@ def find_budget(memory: str | int, device: torch.device, *, loaded: bool = False
     What tensors of this process hold on a card is in use, by another model perhaps; with `loaded` it is the planned
     model's own. Raises `RequestError` for a `memory` that is no amount.
     """
-    wanted, host = parse_memory(memory), free_host_memory()
+    wanted = parse_memory(memory)
+    if device.type == "cuda" and not loaded and torch.cuda.memory_reserved(device):
+        release()  # of a model that was there before, on the host too
+    host = free_host_memory()
     if device.type == "cuda":
-        if torch.cuda.memory_allocated(device) and not loaded:
-            release()
         held = 0 if loaded else torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
         return Budget.of_card(free if wanted is None else min(wanted, free), host, str(memory))

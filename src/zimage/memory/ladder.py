@@ -58,7 +58,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Let go of what nobody uses: what hangs in cycles, and what the allocator of the device keeps."""
+    """Let go of what nobody uses: what hangs in cycles, and what torch keeps, on the device and page-locked."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        empty_host_cache = getattr(torch._C, "_host_emptyCache", None)  # which no public name does in every version
+        if empty_host_cache is not None:
+            empty_host_cache()
