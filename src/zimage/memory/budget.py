@@ -33,13 +33,21 @@ def find_budget(memory: str | int, device: torch.device, *, loaded: bool = False
 
 
 def free_host_memory() -> int:
-    """Bytes of the host's memory that are free, within the limit of a container where there is one."""
+    """Bytes of the host's memory that are free, within the limit of a container where there is one.
+
+    A container counts what the system keeps of files as used, a checkpoint that was read among them; it gives that up
+    for whoever needs memory, so it is free here, as it is outside of one.
+    """
     free = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    if limit == "max":
+        return free
+    files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return min(free, max(0, int(limit) - max(0, int(used) - files)))
 
 
 def held_memory(device: torch.device) -> int:
