@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage import ZImageWarning
 from zimage.memory import pages
 from zimage.memory.pages import all_locked, locked, together
 from zimage.memory.ring import ALIGNMENT, host_buffers
@@ -58,7 +59,7 @@ def test_buffers_are_parts_of_few_that_are_made_when_it_comes_to_them(monkeypatc
 
     monkeypatch.setattr(torch, "empty", note)
     sizes = [1200, 1201, 1280, 1200]
-    buffers = host_buffers(sizes, page_locked=True)
+    buffers = host_buffers(sizes, for_card=True)
     first = next(buffers)
     assert made == [3 * 1280]  # for three of them, each of which begins at a multiple of 256
     rest = list(buffers)
@@ -71,7 +72,30 @@ def test_buffers_are_parts_of_few_that_are_made_when_it_comes_to_them(monkeypatc
     assert [{*one.tolist()} for one in (first, *rest)] == [{0}, {1}, {2}, {3}]
 
 
+def test_where_there_is_no_more_of_it_the_rest_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked_until_now: list[int] = []
+    empty, said = torch.empty, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+
+    def scarce(size: int, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory and locked_until_now:
+            raise RuntimeError(said)
+        locked_until_now.extend([size] if pin_memory else [])
+        return empty(size, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    sizes = [1280, 1280, 1280, 2048, 700]
+    with pytest.warns(
+        ZImageWarning, match=r"no more page-locked memory \(CUDA error: out of memory\); weights wait in ordinary"
+    ):
+        buffers = list(host_buffers(sizes, for_card=True))
+    assert [one.numel() for one in buffers] == sizes
+    assert len(locked_until_now) == 1
+    said = "CUDA error: invalid argument"
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        list(host_buffers(sizes, for_card=True))
+
+
 def test_other_buffers_are_apart() -> None:
-    one, two = host_buffers([5, 7], page_locked=False)
+    one, two = host_buffers([5, 7], for_card=False)
     assert (one.numel(), two.numel()) == (5, 7)
     assert one.untyped_storage().data_ptr() != two.untyped_storage().data_ptr()

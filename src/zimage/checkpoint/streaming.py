@@ -35,7 +35,7 @@ def streamed_layers(
         for module, (fields, size), file in zip(modules, layouts, files, strict=True):
             yield Layer(module, fields, size, file)
         return
-    buffers = host_buffers([size for _, size in layouts], page_locked=device.type == "cuda")
+    buffers = host_buffers([size for _, size in layouts], for_card=device.type == "cuda")
     for module, (fields, size), file, buffer in zip(modules, layouts, files, buffers, strict=True):
         file(buffer)
         bind(fields, buffer)

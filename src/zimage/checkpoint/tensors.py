@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..memory.ring import Field
+from ..memory.ring import Field, page_locked
 from ..models import ggml, packed
 from ..models.quantized import PackedLinear, QuantizedLinear, StoredLinear, quantize_rows
 from .headers import Entry, Header
@@ -109,7 +109,7 @@ class _Staging:
 
     def view(self, dtype: torch.dtype) -> Tensor:
         if not len(self._buffer):
-            self._buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+            self._buffer = page_locked(CHUNK) if self._pinned else torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
         return self._buffer.view(dtype)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ring import page_locked
 from .streams import own_stream
 
 Source = Tensor | Callable[[Tensor], None]
@@ -77,7 +78,7 @@ class CudaCopier:
         self, place: Tensor, source: Callable[[Tensor], None], free: torch.cuda.Event
     ) -> torch.cuda.Event:
         if self._staging is None:
-            self._staging = torch.empty(self._largest, dtype=torch.uint8, device="cpu", pin_memory=True)
+            self._staging = page_locked(self._largest)
         if self._staged is not None:
             self._staged.synchronize()
         host = self._staging[: len(place)]

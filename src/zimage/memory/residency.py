@@ -79,7 +79,7 @@ class Residency:
                     for name in names:
                         self._put_back(component, name)
                 else:
-                    self._take([model.get_submodule(name) for name in names], page_locked=device.type == "cuda")
+                    self._take([model.get_submodule(name) for name in names], for_card=device.type == "cuda")
         finally:
             self._wire()
         apart = self._models.get("text_encoder") if placement.text_waits else None
@@ -102,10 +102,10 @@ class Residency:
         layer = self._layers.get(module)
         return layer is None or (source == "files" and isinstance(layer.source, torch.Tensor))
 
-    def _take(self, modules: Sequence[nn.Module], *, page_locked: bool) -> None:
+    def _take(self, modules: Sequence[nn.Module], *, for_card: bool) -> None:
         """Into the host's memory."""
         layouts = [layout(module) for module in modules]
-        buffers = host_buffers([size for _, size in layouts], page_locked=page_locked)
+        buffers = host_buffers([size for _, size in layouts], for_card=for_card)
         for module, (fields, size), buffer in zip(modules, layouts, buffers, strict=True):
             for one in fields:
                 one.view(buffer).copy_(one.parameter)

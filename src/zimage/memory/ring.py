@@ -6,6 +6,7 @@ nothing is allocated after the start. `copiers` copy in the order that the ring 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import ZImageWarning
+from .ladder import is_out_of_memory
 from .pages import together
 
 ALIGNMENT = 256
@@ -94,19 +97,37 @@ def layout(module: nn.Module) -> tuple[tuple[Field, ...], int]:
     return tuple(fields), end
 
 
-def host_buffers(sizes: Sequence[int], *, page_locked: bool) -> Iterator[Tensor]:
-    """For layers of so many bytes, in this order, flat buffers of the host, each allocated when it comes to it.
-    Page-locked ones lie together, as `pages` has it."""
-    if not page_locked:
+def host_buffers(sizes: Sequence[int], *, for_card: bool) -> Iterator[Tensor]:
+    """For layers of so many bytes, in this order, flat buffers of the host, each allocated when it comes to it; those
+    for a card page-locked, and together as `pages` has it."""
+    if not for_card:
         yield from (torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
         return
     apart, begin = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], 0
     for count in together(apart):
         end = begin + count
-        both = torch.empty(sum(apart[begin:end]), dtype=torch.uint8, device="cpu", pin_memory=True)
+        both = page_locked(sum(apart[begin:end]))
         for size, buffer in zip(sizes[begin:end], both.split(apart[begin:end]), strict=True):
             yield buffer[:size]
         begin = end
+
+
+def page_locked(size: int) -> Tensor:
+    """A flat buffer of the host from which a card copies by itself; of ordinary memory, with a warning, where the
+    system gives no more of such, as it may long before memory is short."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0]
+    warnings.warn(
+        f"the system gives no more page-locked memory ({said}); weights wait in ordinary memory, from where they take "
+        "longer to the device: free memory of the host and load again to have pictures as fast as planned",
+        ZImageWarning,
+        stacklevel=2,
+    )
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def bind(fields: Sequence[Field], buffer: Tensor) -> None:
