@@ -484,6 +484,9 @@ class Stream:
         return id(self)
 
 
+DEFAULT = Stream(0)
+
+
 @dataclass(eq=False)
 class Graph:
     """Holds its pool until it is gone, as torch's does."""
@@ -556,6 +559,7 @@ class Card:
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     made = Card()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.stream or DEFAULT)
     monkeypatch.setattr(torch.cuda, "device_of", made.of)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", made.on)
@@ -574,6 +578,19 @@ def test_each_recorder_has_a_stream_of_its_own(card: Card) -> None:
     assert streams[0] is streams[2] is not streams[1]
     assert None not in streams
     assert card.using == {1: 2, 2: 1}
+
+
+def test_recordings_of_two_streams_share_nothing(card: Card) -> None:
+    """They may be replayed at once, by two threads or beside the steps of `generate_many`."""
+    recorder, other = CUDARecorder(), Stream(0)
+    kept = [recorder(card.computed)]
+    with card.on(other):
+        kept += [recorder(card.computed), recorder(card.computed)]
+    kept.append(recorder(card.computed))
+    assert card.seen[::2] == [None, other, other, None]
+    first, *of_other, last = card.seen[1::2]
+    assert first is last is not of_other[0] is of_other[1]
+    assert card.using == {1: 2, 2: 2}
 
 
 def test_memory_whose_recordings_are_gone_is_not_taken_up_again(card: Card) -> None:

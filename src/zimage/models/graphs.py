@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -47,31 +47,37 @@ Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 _capturing = threading.Lock()
 
 
-class CUDARecorder:
-    """Records in CUDA graphs, which share their memory: each result is copied before another is replayed.
+@dataclass
+class _Lane:
+    """What the recordings for one stream of a card share, as one of them is replayed at a time."""
 
-    On a stream of its own for each device. What cuBLAS works in, torch keeps by stream, in the memory of the graph that
-    was first to need it, and may let go of it with any other graph of that stream (pytorch#193402).
-    """
+    stream: Any
+    """They are made on it. What cuBLAS works in, torch keeps by stream, in the memory of the graph that was first to
+    need it, and may let go of it with any other graph of that stream (pytorch#193402)."""
+    pool: Any = None
+    graphs: WeakSet[Any] = field(default_factory=WeakSet)
+
+
+class CUDARecorder:
+    """Records in CUDA graphs. Those that are replayed on the same stream share their memory: each result is copied
+    before another is replayed. Those of two streams, as of two threads, may compute at once and share none."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
-        self._streams: dict[int, Any] = {}
-        self._graphs: WeakSet[Any] = WeakSet()
+        self._lanes: dict[tuple[int, int], _Lane] = {}
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         compute()  # what is made at the first use, kernels and tables, must not be made while recording
-        if not self._graphs:  # torch does not take up memory again whose graphs are all gone
-            self._pool = torch.cuda.graph_pool_handle()
         device = torch.cuda.current_device()
-        if device not in self._streams:
-            self._streams[device] = own_stream(device)
-        stream, graph = self._streams[device], torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+        place = device, torch.cuda.current_stream().cuda_stream
+        lane = self._lanes.get(place) or self._lanes.setdefault(place, _Lane(own_stream(device)))
+        if not lane.graphs:  # torch does not take up memory again whose graphs are all gone
+            lane.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local")
         # Other threads may allocate meanwhile, and not record. A recording that fails stays on its stream by itself.
-        with _capturing, torch.cuda.stream(stream), recording:
+        with _capturing, torch.cuda.stream(lane.stream), recording:
             result = compute()
-        self._graphs.add(graph)
+        lane.graphs.add(graph)
         return graph.replay, result
 
 
