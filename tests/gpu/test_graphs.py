@@ -1,5 +1,6 @@
 """What must hold of CUDA graphs on CUDA: the bits of what is launched piece by piece, few launches, moving weights."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_recordings_are_made_again_once_memory_was_given_back(folder: Path) -> N
         pipe._forget_graphs()
         torch.cuda.empty_cache()
     assert uses_graphs(pipe.transformer)
+
+
+def test_threads_on_streams_of_their_own_get_their_own_pictures(folder: Path) -> None:
+    """What is replayed for one may still compute while another's begins."""
+    pipe = ZImagePipeline.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    prompts = ["a fox", "two cats", "an owl", "three red boats"]
+    expected = [latents(pipe, prompt) for prompt in prompts]
+    pipe.compile(cuda_graphs=True)
+
+    def work(number: int) -> list[bool]:
+        right = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(20):
+                pipe.text_encoder.forget()
+                which = (number + turn) % len(prompts)
+                made = latents(pipe, prompts[which])
+                torch.cuda.current_stream().synchronize()
+                right.append(torch.equal(made, expected[which]))
+        return right
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(all(right) for right in pool.map(work, range(2)))
 
 
 def test_a_pipeline_that_is_closed_takes_nothing_from_another(folder: Path) -> None:
