@@ -7,6 +7,7 @@ A layer of 338 MiB alone takes 512 of it, three together take 1024. Pure arithme
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 
@@ -38,8 +39,9 @@ def together(sizes: Sequence[float]) -> list[int]:
     return [last - first for first, last in pairwise(reversed(bounds))]
 
 
-def all_locked(sizes: Sequence[float]) -> int:
-    """Bytes that layers take which lie so."""
+@lru_cache(256)
+def all_locked(sizes: tuple[float, ...]) -> int:
+    """Bytes that layers take which lie so. Whoever plans asks many times for the same."""
     found, begin = 0, 0
     for count in together(sizes):
         found += locked(sum(sizes[begin : begin + count]))

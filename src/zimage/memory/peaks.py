@@ -93,7 +93,7 @@ def _kept_on_host(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     passed = 0
     for source, layers in ((placement.text_source, text), (placement.block_source, blocks)):
         if source == "memory":
-            kept += all_locked(layers)
+            kept += all_locked(tuple(layers))
         elif layers:  # each is read into one place, which has room for any
             passed = locked(max([*text, *blocks]))
     rest = sizes.text_rest if placement.text_waits else 0
