@@ -124,3 +124,9 @@ def test_a_damaged_file(tmp_path: Path, inspected: Any) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"<html>")
     code, _, err = inspected(tmp_path / "a.safetensors")
     assert (code, "a.safetensors is not a whole safetensors file" in err) == (1, True)
+
+
+def test_another_format(tmp_path: Path, inspected: Any) -> None:
+    (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
+    code, _, err = inspected(tmp_path / "old.ckpt")
+    assert (code, "old.ckpt is no .safetensors and no .gguf file" in err) == (1, True)

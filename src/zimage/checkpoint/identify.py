@@ -16,7 +16,7 @@ from .configs import PARTS
 from .headers import Entry
 from .names import bare_name, own_name
 from .reading import shown
-from .single import is_adapter, read_any, read_single
+from .single import SUFFIXES, adapter_tensor, read_any, read_single
 
 _LANDMARKS = {
     "transformer": "noise_refiner.0.attention_norm1.weight",
@@ -43,11 +43,13 @@ class FilePart:
 def identify(file: str | os.PathLike[str]) -> tuple[FilePart, ...]:
     """What is in a safetensors or GGUF file, whoever named its tensors; of a file with several components each.
 
-    Raises `CheckpointError` for a file that is damaged, or has nothing of these.
+    Raises `CheckpointError` for a file of another format, or one that is damaged or has nothing of these.
     """
     path = Path(file)
+    if path.suffix.lower() not in ("", *SUFFIXES):  # in the hub's cache files have none
+        raise CheckpointError(f"{path} is no .safetensors and no .gguf file; weights are read from those only")
     header = read_any(path)
-    if is_adapter(header):
+    if adapter_tensor(header) is not None:
         return (_part("adapter", header.entries.values()),)
     if any(_CONTROL in name for name in header.entries):
         return (_part("controlnet", header.entries.values()),)

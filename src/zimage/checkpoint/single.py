@@ -55,16 +55,16 @@ def read_any(path: Path) -> Header:
     return read_gguf_header(path) if is_gguf(path) else read_header(path)
 
 
-def is_adapter(header: Header) -> bool:
-    """Whether tensors are called as those of a LoRA or the like are."""
-    return any(_ADAPTER.search(name) for name in header.entries)
+def adapter_tensor(header: Header) -> str | None:
+    """The first tensor that is called as those of a LoRA or the like are."""
+    return next((name for name in header.entries if _ADAPTER.search(name)), None)
 
 
 def _require_kind(header: Header, component: str) -> None:
     """Raises `CheckpointError` where the file says by itself that it is something else."""
     called = component.replace("_", " ")
-    if is_adapter(header):
-        adapter = next(name for name in header.entries if _ADAPTER.search(name))
+    adapter = adapter_tensor(header)
+    if adapter is not None:
         raise CheckpointError(
             f"{header.path} is a LoRA or the like and no {called}: it has {shown(adapter)}; load the model and then "
             "this file with pipe.load_adapter(), on the command line --lora"
