@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from zimage.training import models
 from zimage.training.autoencoder import build_autoencoder
 from zimage.training.config import FlowStage, ModelSize
 from zimage.training.latents import LATENTS, counts
@@ -29,6 +30,7 @@ def data(size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training after its first stages; the latents are noise."""
     folder = tmp_path_factory.mktemp("training")
     make_tokenizer(size, folder / "tokenizer", captions=500)
+    torch.manual_seed(0)
     vae = build_autoencoder(size)
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     vae.save_pretrained(folder / "autoencoder" / "vae")
@@ -37,3 +39,9 @@ def data(size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
     latents = {str(canvas): torch.randn(shape, generator=generator) for canvas, shape in enumerate(shapes)}
     save_file({name: one.bfloat16() for name, one in latents.items()}, folder / LATENTS, metadata={"seed": "0"})
     return folder
+
+
+@pytest.fixture
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded to bfloat16, whatever the machine computes in."""
+    monkeypatch.setattr(models, "choose_dtype", lambda *_: torch.float32)

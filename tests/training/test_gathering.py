@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zimage import RequestError, ZImagePipeline
 from zimage.models.autoencoder import to_image
-from zimage.training import gathering
+from zimage.training import gathering, models
 from zimage.training.config import DistillationStage, ModelSize
 from zimage.training.corrections import LEVELS, Corrections, load_corrections
 from zimage.training.distill import Captions, Lesson, levels_of, own_way
@@ -27,9 +27,11 @@ STAGE = DistillationStage(teacher_steps=1)
 
 
 def is_right(picture: Any, claims: Claims) -> bool:
-    """Stands for the judge: of untrained models' pictures about half are right."""
+    """Stands for the judge: right is what is brighter on its left, about half of untrained models' pictures, which no
+    machine's last bits decide."""
     assert claims.exact
-    return int(np.asarray(picture).astype(int).sum()) % 2 == 0
+    left, right = np.split(np.asarray(picture).astype(int), 2, axis=1)
+    return bool(left.sum() > right.sum())
 
 
 def painter_of(size: ModelSize, seed: int) -> Painter:
@@ -65,6 +67,7 @@ def found(
         return load_corrections(folder / name, 3)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "choose_dtype", lambda *_: torch.float32)  # untrained ways part by bfloat16's rounding
         patch.setattr(gathering, "ROUND", 2)
         patch.setattr(gathering.judge, "read", lambda picture: picture)
         patch.setattr(gathering.judge, "agrees", is_right)
@@ -81,8 +84,7 @@ def test_the_student_is_wrong_and_its_teacher_right(
 ) -> None:
     changed, kept = through.changed, through.kept
     assert 3 <= len(changed.captions) == len(changed.latents) < 5
-    # As many are kept, unless a round of two has fewer: what is right here goes by the last bits.
-    assert 2 <= len(kept.captions) == len(kept.latents) <= len(changed.latents)
+    assert len(kept.captions) == len(kept.latents) == len(changed.latents)
     assert through.wrong == 2 * through.rounds < through.drawn
     pipe = ZImagePipeline.from_pretrained(student, dtype="float32", device="cpu")
     pupil = Painter(size).transformer.requires_grad_(False)
