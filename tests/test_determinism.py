@@ -200,7 +200,8 @@ def test_threads_take_turns_at_the_weights(
 def least(tmp_path_factory: pytest.TempPathFactory) -> ZImagePipeline:
     """Of one layer of each kind, so that many calls take little time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", replace(SIZES["tiny"], n_layers=1, n_refiner_layers=1, text_layers=2))
+        one = replace(SIZES["tiny"], n_layers=1, n_refiner_layers=1, text_layers=2, vae_layers=1)
+        patch.setitem(SIZES, "tiny", one)
         folder = build_checkpoint(tmp_path_factory.mktemp("least") / "model", variant="base")
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
     pipe.set_progress_bar_config(disable=True)

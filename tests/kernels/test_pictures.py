@@ -173,6 +173,7 @@ def counted(decoder: Any) -> tuple[int, int]:
     return sum(len(block.resnets) for block in blocks), sum(len(block.upsamplers or ()) for block in blocks[1:])
 
 
+@pytest.mark.no_cover  # lines are counted in `test_a_decode`
 @pytest.mark.parametrize("strip_levels", [0, 1])
 def test_a_decode_in_half_precision(
     base: ZImagePipeline, device: torch.device, noise: Noise, launches: list[str], strip_levels: int
@@ -207,6 +208,7 @@ def test_an_encode(base: ZImagePipeline, device: torch.device, noise: Noise, lau
     )
 
 
+@pytest.mark.no_cover  # lines are counted in `test_a_decode`
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_decode_in_float32_after_an_overflow(
     base: ZImagePipeline, device: torch.device, noise: Noise, launches: list[str], dtype: torch.dtype
