@@ -41,7 +41,11 @@ def data(size: ModelSize, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def compute_in_float32(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded to bfloat16, whatever the machine computes in."""
+    patch.setattr(models, "choose_dtype", lambda *_: torch.float32)
+
+
 @pytest.fixture
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is rounded to bfloat16, whatever the machine computes in."""
-    monkeypatch.setattr(models, "choose_dtype", lambda *_: torch.float32)
+    compute_in_float32(monkeypatch)

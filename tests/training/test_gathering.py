@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zimage import RequestError, ZImagePipeline
 from zimage.models.autoencoder import to_image
-from zimage.training import gathering, models
+from zimage.training import gathering
 from zimage.training.config import DistillationStage, ModelSize
 from zimage.training.corrections import LEVELS, Corrections, load_corrections
 from zimage.training.distill import Captions, Lesson, levels_of, own_way
@@ -21,6 +21,8 @@ from zimage.training.gathering import gather
 from zimage.training.models import Painter, make_pipeline
 from zimage.training.state import fill
 from zimage.training.world import Claims
+
+from .conftest import compute_in_float32
 
 CPU = torch.device("cpu")
 STAGE = DistillationStage(teacher_steps=1)
@@ -67,7 +69,7 @@ def found(
         return load_corrections(folder / name, 3)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "choose_dtype", lambda *_: torch.float32)  # untrained ways part by bfloat16's rounding
+        compute_in_float32(patch)  # untrained ways part by bfloat16's rounding
         patch.setattr(gathering, "ROUND", 2)
         patch.setattr(gathering.judge, "read", lambda picture: picture)
         patch.setattr(gathering.judge, "agrees", is_right)
