@@ -42,11 +42,13 @@ CASES = {
     "tiny": case("tiny", 1.8),
     "tiny-fp32": case("tiny", 1.8, dtype="float32"),
     "tiny-cfg": case("tiny", 1.0, variant="base"),
+    "tiny-cfg-fp32": case("tiny", 1.0, dtype="float32", variant="base"),
     "text": case("small", 4.0, stage="encode"),
     "text-fp32": case("small", 4.0, dtype="float32", stage="encode"),
     "small": case("small", 1.0),
     "small-fp32": case("small", 1.0, dtype="float32"),
     "small-cfg": case("small", 1.15, variant="base"),
+    "small-cfg-fp32": case("small", 1.15, dtype="float32", variant="base"),
     "wide": case("wide", 1.0),
     "wide-cfg": case("wide", 1.0, variant="base"),
 }
@@ -83,7 +85,7 @@ def row(name: str, chosen: Case, report: Report) -> str:
     assert ratio is not None
     missed = "" if ratio >= chosen.goal else ", missed"
     return (
-        f"{name:10} {report.model['dtype']:8}  zimage {stage.zimage.median_s * 1e3:9.2f} ms  "
+        f"{name:14} {report.model['dtype']:8}  zimage {stage.zimage.median_s * 1e3:9.2f} ms  "
         f"diffusers {theirs.median_s * 1e3:9.2f} ms  ratio {ratio:5.2f} (goal {chosen.goal:g}{missed})  "
         f"evaluations {stage.zimage.evaluations} = {theirs.evaluations}  cosine {stage.cosine:.6f}"
     )

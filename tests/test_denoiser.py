@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zimage import GenerationRequest, NonFiniteError, ZImagePipeline
+from zimage import GenerationRequest, NonFiniteError, ZImagePipeline, denoiser
 from zimage.denoiser import KEPT, Conditioning, Preparation, denoising_steps, make_velocity, schedule
 from zimage.models.transformer import ZImageTransformer
 from zimage.request import ResolvedRequest
@@ -100,6 +100,28 @@ def test_velocity_with_guidance(base: ZImagePipeline, normalization: float) -> N
     torch.testing.assert_close(velocity, -guide(positive, negative, 4.0, normalization), rtol=1e-5, atol=1e-5)
     if not normalization:
         torch.testing.assert_close(velocity, -(5 * positive - 4 * negative), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [31, 32])
+def test_a_large_picture_has_one_branch_after_the_other(
+    base: ZImagePipeline, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 image tokens are filled up to 32."""
+    calls: list[int] = []
+    together = ZImageTransformer.denoise_together
+
+    def counted(transformer: Any, latents: Tensor, captions: Any, *rest: Any) -> Tensor:
+        calls.append(len(captions))
+        return together(transformer, latents, captions, *rest)
+
+    monkeypatch.setattr(ZImageTransformer, "denoise_together", counted)
+    monkeypatch.setattr(denoiser, "TOGETHER", most)
+    request = resolve(base, guidance_scale=4.0)
+    (time,) = model_timesteps(torch.tensor([0.5])).tolist()
+    made = make_velocity(Preparation(base.transformer), request, GUIDED, sigmas=torch.tensor([0.5, 0.0]))(LATENTS, 0.5)
+    assert calls == ([2] if most == 32 else [])
+    positive, negative = (predict(base.transformer, features, time) for features in (WORDS, OTHERS))
+    torch.testing.assert_close(made, -guide(positive, negative, 4.0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_truncated_step_is_the_one_without_guidance(base: ZImagePipeline) -> None:

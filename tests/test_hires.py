@@ -99,8 +99,9 @@ def test_steps_of_both_passes_are_counted() -> None:
 
 def test_a_plan_is_for_the_larger_size() -> None:
     assert demands(asked(None))[:2] == (64, 96)
-    assert demands(asked(2)) == (128, 192, asked(2).max_sequence_length, True)
+    assert demands(asked(2)) == (128, 192, asked(2).max_sequence_length, True, False)
     assert demands(asked(Hires(upscale="latents")))[3] is False
+    assert [demands(GenerationRequest("", guidance_scale=scale).resolve(BASE))[4] for scale in (0, 4)] == [False, True]
 
 
 def test_the_second_pass_is_image_to_image(turbo: ZImagePipeline) -> None:

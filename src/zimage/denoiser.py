@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .errors import RequestError
 from .memory.ladder import Attempt, once
+from .memory.sizes import TOGETHER
+from .models.compiled import computes_compiled
 from .models.control import Beside, Control, Steering
 from .models.precision import Float32Math, is_finite, non_finite
 from .models.transformer import Caption, ImageGrid, Modulation, ZImageTransformer
@@ -26,6 +28,10 @@ from .sampling.known import Known, keeping
 from .sampling.samplers import SAMPLERS, Sampler, SamplerStep, Steps, Velocity, for_step
 from .sampling.schedule import model_timesteps, shifted_sigmas
 
+TOGETHER_ON_CPU = 2**20
+"""Numbers in the image tokens of a picture, tokens times width, up to which a CPU computes both branches of guidance
+together, if the tokens are no more than `TOGETHER`. Two cores with AMX took 6 to 19 % less time for 0.02 million, about
+as much for 0.8 and 1, 256 x 256 pixels at the released widths, and 3 to 5 % more for 2.2 and 3.9 (docs/parity.md)."""
 KEPT = 8
 """Captions, sizes and schedules that a call holds at a time; a schedule of 50 steps is 50 MB at the released width."""
 
@@ -153,17 +159,29 @@ def make_velocity(
             hint = None if beside is None else beside(caption, grid)
             return transformer.denoise(latents, caption, grid, level.modulation, refined, hint)
 
-        grid = preparation.grid(latents, positive)
-        image = refine(latents, grid, level)
-        prediction = predict(first.get(sigma, positive), grid, *image)
+        caption, grid = first.get(sigma, positive), preparation.grid(latents, positive)
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
-            return -prediction.float()
+            return -predict(caption, grid, *refine(latents, grid, level)).float()
         other_grid = preparation.grid(latents, negative)
-        shared = image if negative.length == positive.length else refine(latents, other_grid, level)
-        other = predict(negative, other_grid, *shared)
+        if steering is None and _is_small(transformer, grid):
+            captions, grids = (caption, negative), (grid, other_grid)
+            prediction, other = transformer.denoise_together(latents, captions, grids, level.modulation)
+        else:
+            image = refine(latents, grid, level)
+            prediction = predict(caption, grid, *image)
+            shared = image if negative.length == positive.length else refine(latents, other_grid, level)
+            other = predict(negative, other_grid, *shared)
         return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
 
     return velocity
+
+
+def _is_small(transformer: ZImageTransformer, grid: ImageGrid) -> bool:
+    """Whether both branches of guidance are computed together, which takes twice the memory: then there is a product
+    for both, a launch for both, and weights are read or moved once. Compiled blocks take one sequence at a time."""
+    if transformer.x_pad_token.is_cpu and grid.padded * transformer.config.dim > TOGETHER_ON_CPU:
+        return False
+    return grid.padded <= TOGETHER and not computes_compiled(transformer)
 
 
 def schedule(request: ResolvedRequest) -> Tensor:

@@ -99,12 +99,13 @@ def passes(request: ResolvedRequest) -> tuple[ResolvedRequest, ...]:
     return first, again
 
 
-def demands(request: ResolvedRequest) -> tuple[int, int, int, bool]:
-    """What a plan needs to know of a picture: height, width, tokens, and whether pixels are encoded."""
+def demands(request: ResolvedRequest) -> tuple[int, int, int, bool, bool]:
+    """What a plan needs to know of a picture: height, width, tokens, whether pixels are encoded, and whether it is
+    guided."""
     last = passes(request)[-1]
     encodes = request.image is not None or request.control_image is not None
     encodes = encodes or (request.hires is not None and request.hires.upscale == "pixels")
-    return last.height, last.width, request.max_sequence_length, encodes
+    return last.height, last.width, request.max_sequence_length, encodes, request.guidance_scale > 0
 
 
 def _read(asked: Any) -> Hires:

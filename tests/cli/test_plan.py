@@ -93,7 +93,7 @@ def test_a_controlnet_for_the_released_models_is_known_by_its_header(
     code, out, _ = run(capsys, *options, "--controlnet", tmp_path / "net.safetensors", "--json")
     assert code == 0
     sizes = replace(RELEASED, adapters=2 * count, control_blocks=17)
-    plan = make_plan(sizes, Work(from_image=True), Budget.of_card(16 * 10**9, 32 * 10**9, "16GB"))
+    plan = make_plan(sizes, Work(from_image=True, guided=False), Budget.of_card(16 * 10**9, 32 * 10**9, "16GB"))
     controlnet = {"bytes": 2 * count, "blocks": 17}
     assert 6 * 10**9 < 2 * count < 7 * 10**9
     assert json.loads(out) == {"model": "turbo", "controlnet": controlnet, **json.loads(json.dumps(plan.to_dict()))}

@@ -14,7 +14,7 @@ from torch import Tensor
 from zimage import RequestError, ZImagePipeline
 from zimage.kernels import attention, fused
 from zimage.kernels.switch import using
-from zimage.models.attention import FLOAT8, attend_in_float8, choose, row_kind_of
+from zimage.models.attention import FLOAT8, apart, attend, attend_in_float8, choose, row_kind_of
 from zimage.models.precision import Float32Math
 from zimage.models.rowwise import Quantized
 from zimage.testing import build_checkpoint
@@ -251,6 +251,21 @@ def test_gradients_and_heads_of_other_sizes_are_not_rounded(
         with torch.enable_grad():
             assert row_kind_of(attend_in_float8, value.requires_grad_()) is None
     assert not asked
+
+
+def test_sequences_one_after_the_other(noise: Noise) -> None:
+    query, key, value = inputs(noise, 1, 52, 2, 32)
+    together = apart(attend_in_float8, [20, 32])
+    with using("on"):
+        assert row_kind_of(together, value) == row_kind_of(apart(attend_in_float8, [52]), value) == "float8"
+        assert row_kind_of(apart(attend, [20, 32]), value) is None
+        result = together(query, key, value, backend=None)
+    for begin, end in ((0, 20), (20, 52)):
+        part = [Quantized(one.values[:, begin:end], one.scale, one.dtype) for one in (query, key)]
+        with using("on"):
+            alone = attend_in_float8(*part, value[:, begin:end])
+        assert torch.equal(result[:, begin:end], alone)
+        assert 0 < distance(alone.double(), exact(part[0], part[1], value[:, begin:end])) <= 0.1
 
 
 def test_float32_needs_none(folder: Path, device: torch.device, asked: list[bool]) -> None:

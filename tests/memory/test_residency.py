@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline
+from zimage import CheckpointError, NotEnoughMemory, RequestError, ZImagePipeline, denoiser
 from zimage.kernels.switch import using
+from zimage.memory import copiers
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.plan import Plan
 from zimage.memory.planner import fit_picture
@@ -81,6 +82,24 @@ def test_the_same_bits_wherever_the_weights_wait(
     unguided, guided = expected
     assert unguided != guided
     assert [pixels(pipe, **options) for options in (UNGUIDED, GUIDED, UNGUIDED)] == [unguided, guided, unguided]
+
+
+@pytest.mark.parametrize("branches", ["together", "one by one"])
+def test_blocks_pass_through_once_a_step_for_both_branches_of_guidance(
+    folder: Path, resident: ZImagePipeline, branches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one place each block that is needed comes anew."""
+    if branches == "one by one":
+        monkeypatch.setattr(denoiser, "TOGETHER", 0)
+    pipe = load(folder, planned(resident, resident_blocks=0, slots=1))
+    copies: list[int] = []
+    fill = copiers._fill
+    monkeypatch.setattr(copiers, "_fill", lambda place, source: (copies.append(len(place)), fill(place, source)))
+    blocks = len(pipe.transformer.noise_refiner) + len(pipe.transformer.layers)
+    for options, evaluations in ((UNGUIDED, 1), (GUIDED, 1 if branches == "together" else 2)):
+        copies.clear()
+        pixels(pipe, **options)
+        assert len(copies) == 3 * evaluations * blocks
 
 
 def test_what_is_streamed_from_files_takes_no_memory(folder: Path, resident: ZImagePipeline) -> None:

@@ -17,6 +17,7 @@ from zimage.checkpoint.sizes import sizes_of_blanks
 from zimage.memory.meter import AllocationMeter
 from zimage.memory.sizes import (
     RELEASED,
+    TOGETHER,
     Work,
     decode_activations,
     denoise_activations,
@@ -31,6 +32,7 @@ from zimage.models.layers import row_kind
 from zimage.models.precision import DTYPES, cast, residual_dtype
 from zimage.models.quantized import quantize
 from zimage.models.transformer import Caption
+from zimage.sampling.guidance import guide
 from zimage.testing.configs import SIZES, controlnet_config
 
 pytestmark = pytest.mark.no_cover  # the code of whole models, run at many sizes
@@ -106,6 +108,9 @@ def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
         latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta")
         grid = model.grid(*latents.shape[2:], tokens)
         levels = model.modulations(torch.empty(50, device="meta"))
+        if grid.padded <= TOGETHER:
+            guide(*model.denoise_together(latents, captions, [grid, grid], levels[0]), 4.0)
+            return
         refined = model.refine(latents, grid, levels[0])
         for caption in captions:
             model.denoise(latents, caption, grid, levels[0], refined).float()
@@ -113,8 +118,27 @@ def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
     assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(peak(step), rel=0.1)
 
 
+@pytest.mark.parametrize(("size", "work"), [WORKS[2], *WORKS[4:]])
+def test_a_step_without_guidance(blanks: Blanks, size: str, work: Work) -> None:
+    """Nothing is kept for another branch, so it needs a stream less than is planned for."""
+    model = blanks(size)["transformer"].module
+    cast(model, dtype=DTYPES[work.dtype])
+    tokens = -(-work.tokens // 32) * 32
+
+    def step() -> None:
+        caption = Caption(torch.empty(1, tokens, model.config.dim, device="meta", dtype=model.dtype))
+        latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta")
+        levels = model.modulations(torch.empty(50, device="meta"))
+        model.denoise(latents, caption, model.grid(*latents.shape[2:], tokens), levels[0]).float()
+
+    seen = peak(step)
+    assert seen <= denoise_activations(sizes_of_blanks(blanks(size)), replace(work, guided=False)) <= 1.15 * seen
+
+
 @pytest.mark.parametrize(("size", "work", "version"), [(*WORKS[4], "2.1"), (*WORKS[5], "1.0"), (*WORKS[6], "2.0")])
-def test_a_guided_step_with_a_controlnet(blanks: Blanks, size: str, work: Work, version: str) -> None:
+def test_a_guided_step_with_a_controlnet(
+    blanks: Blanks, size: str, work: Work, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, config = blanks(size)["transformer"].module, controlnet_config(SIZES[size], version)
     config["control_layers_places"] = [0, 4]
     net = build({name: value for name, value in config.items() if not name.startswith("_")})
@@ -139,6 +163,7 @@ def test_a_guided_step_with_a_controlnet(blanks: Blanks, size: str, work: Work, 
     sizes = replace(sizes_of_blanks(blanks(size)), control_blocks=blocks)
     seen = peak(step)
     assert denoise_activations(sizes, work) == pytest.approx(seen, rel=0.1)
+    monkeypatch.setattr("zimage.memory.sizes.TOGETHER", 0)
     assert denoise_activations(replace(sizes, control_blocks=0), work) < 0.9 * seen
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zimage import RequestError, ZImagePipeline
+from zimage import RequestError, ZImagePipeline, denoiser
 from zimage.models import compiled as compiled_blocks
 from zimage.models.compiled import compile_blocks, is_compiled
 from zimage.models.precision import Float32Math
@@ -331,6 +331,23 @@ def test_machine_code_agrees_and_repeats(turbo_folder: Path) -> None:
     assert torch.equal(made, again)
     assert torch.cosine_similarity(made.flatten(), eager.flatten(), dim=0) >= 0.9999
     assert not torch.equal(made, eager)  # or nothing was compiled
+
+
+def test_guidance_is_compiled_one_branch_after_the_other(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels compute the blocks, and nothing compiled, both branches are computed together."""
+    pipe, plain = load(base_folder), load(base_folder)
+    counting = compiled(pipe)
+    options: dict[str, Any] = {"negative_prompt": "blurry " * 30, "guidance_scale": 4.0}
+    made = latents(pipe, **options)
+    assert counting == Counting(graphs=1, runs=2 * 2 * BLOCKS)
+    monkeypatch.setattr(denoiser, "TOGETHER", 0)
+    assert torch.equal(made, latents(plain, **options))
+    monkeypatch.undo()
+    monkeypatch.setattr("zimage.models.compiled.used", lambda device: device == torch.device("cpu"))
+    together = latents(plain, **options)
+    assert torch.equal(latents(pipe, **options), together)
+    assert counting.runs == 2 * 2 * BLOCKS
+    torch.testing.assert_close(together, made, rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_go_on_where_there_are_any(turbo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

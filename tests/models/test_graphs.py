@@ -78,7 +78,9 @@ def test_a_guided_picture_of_two_lengths(base_folder: Path) -> None:
     pipe, recording = recorded(base_folder)
     options = {"negative_prompt": "blurry " * 30, "guidance_scale": 4.0}
     assert torch.equal(latents(pipe, **options), latents(load(base_folder), **options))
-    assert (recording.records, recording.replays) == (3, 3 * 4)  # refine twice a step, each denoise once
+    assert (recording.records, recording.replays) == (2, 3 * 2)  # refiner and layers, each once a step for both
+    assert torch.equal(latents(pipe, guidance_scale=4.0), latents(load(base_folder), guidance_scale=4.0))
+    assert (recording.records, recording.replays) == (4, 3 * 4)  # the refiner for one branch, of one length
 
 
 def test_results_are_not_written_over(turbo_folder: Path) -> None:

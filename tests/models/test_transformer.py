@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -183,6 +185,48 @@ def test_refinement_sees_the_caption_length_through_the_pads_only(transformer: Z
             for length in (32, 96)
         )
         assert least <= difference(long, short) <= most
+
+
+@pytest.mark.parametrize("lengths", [(5,), (20, 31), (20, 40), (40, 20, 70)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_captions_beside_each_other_are_what_each_is_alone(
+    transformer: ZImageTransformer, lengths: tuple[int, ...], batch: int
+) -> None:
+    """Also where the tokens of the image are at hand."""
+    latents = noise(batch, 16, ROWS, COLUMNS)
+    (modulation,) = transformer.modulations(torch.tensor([0.3]))
+    captions = [transformer.encode_caption(noise(length, 64, seed=length)) for length in lengths]
+    grids = [transformer.grid(ROWS, COLUMNS, caption.length) for caption in captions]
+    alone = [
+        transformer.denoise(latents, caption, grid, modulation) for caption, grid in zip(captions, grids, strict=True)
+    ]
+    together = transformer.denoise_together(latents, captions, grids, modulation)
+    assert together.shape == (len(lengths), *latents.shape)
+    assert all(difference(one, other) > 1e-3 for one, other in pairwise(alone))
+    assert max(difference(one, other) for one, other in zip(together, alone, strict=True)) <= 1e-6
+    refined = [transformer.refine(latents, grid, modulation) for grid in grids]
+    again = transformer.denoise_together(latents, captions, grids, modulation, refined)
+    assert difference(again, together) <= 1e-6
+    assert all(one.shape == (batch, 64, 64) for one in refined)
+
+
+@pytest.mark.parametrize("lengths", [(20, 31), (20, 40)], ids=str)
+def test_captions_beside_each_other_need_each_block_once(
+    transformer: ZImageTransformer, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[torch.nn.Module] = []
+
+    @contextmanager
+    def hold(block: torch.nn.Module) -> Iterator[None]:
+        held.append(block)
+        yield
+
+    captions = [transformer.encode_caption(noise(length, 64)) for length in lengths]
+    grids = [transformer.grid(ROWS, COLUMNS, caption.length) for caption in captions]
+    (modulation,) = transformer.modulations(torch.tensor([0.3]))
+    monkeypatch.setattr(transformer, "hold", hold)
+    transformer.denoise_together(noise(1, 16, ROWS, COLUMNS), captions, grids, modulation)
+    assert held == [*transformer.noise_refiner, *transformer.layers]
 
 
 def test_share_copies_nothing() -> None:

@@ -1,6 +1,7 @@
 """How often each part of the model runs for a call: the evaluations that the arguments ask for, and no other.
 
-Counted where the weights are: calls of the first layer's query projection in each of the transformer's parts.
+Counted where the weights are: calls of the last layer of all, and of the first layer's query projection in each of the
+transformer's parts, which both branches of guidance share in pictures as small as these.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+from zimage import denoiser
 
 if TYPE_CHECKING:
     from conftest import Pair, Pairs
@@ -32,7 +35,8 @@ def calls(pair: Pair) -> Iterator[Counter[str]]:
     pair.ours.text_encoder.forget()
     transformer = pair.ours.transformer
     watched = {
-        "evaluation": transformer.layers[0].attention.to_q,
+        "evaluation": transformer.all_final_layer["2-1"].linear,
+        "layers": transformer.layers[0].attention.to_q,
         "refinement": transformer.noise_refiner[0].attention.to_q,
         "caption": transformer.context_refiner[0].attention.to_q,
         "text": pair.ours.text_encoder.model.embed_tokens,
@@ -58,20 +62,39 @@ def generate(pair: Pair, prompt: str | list[str] = SHORT, **options: Any) -> Non
 def test_one_evaluation_a_step_without_guidance(pair: Pair, calls: Counter[str], steps: int) -> None:
     generate(pair, num_inference_steps=steps, output_type="pil")
     assert calls == {
-        "evaluation": steps, "refinement": steps, "caption": 1, "text": 1, "modulation": 1, "decoding": 1,
-    }  # fmt: skip
+        "evaluation": steps,
+        "layers": steps,
+        "refinement": steps,
+        "caption": 1,
+        "text": 1,
+        "modulation": 1,
+        "decoding": 1,
+    }
 
 
-@pytest.mark.parametrize(
-    ("negative", "same_padding", "refinements"), [(SAME_PADDING, True, 4), (LONGER, False, 8)], ids=["same", "longer"]
-)
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+@pytest.mark.parametrize(("negative", "same_padding"), [(SAME_PADDING, True), (LONGER, False)], ids=["same", "longer"])
 def test_two_evaluations_a_step_with_guidance(
-    pair: Pair, calls: Counter[str], negative: str, same_padding: bool, refinements: int
+    pair: Pair,
+    calls: Counter[str],
+    negative: str,
+    same_padding: bool,
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Captions of one padded length share what happens to the image tokens before they meet a caption."""
     assert (pair.tokens(negative) <= 32) == same_padding
+    if not together:
+        monkeypatch.setattr(denoiser, "TOGETHER", 0)
     generate(pair, negative_prompt=negative, num_inference_steps=4, guidance_scale=4.0)
-    assert calls == {"evaluation": 8, "refinement": refinements, "caption": 2, "text": 2, "modulation": 1}
+    assert calls == {
+        "evaluation": 8,
+        "layers": 4 if together else 8,
+        "refinement": 4 if together or same_padding else 8,
+        "caption": 2,
+        "text": 2,
+        "modulation": 1,
+    }
 
 
 @pytest.mark.parametrize(("truncation", "guided"), [(1.0, 4), (0.7, 3), (0.5, 2), (0.1, 1), (0.0, 1)])

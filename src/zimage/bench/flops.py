@@ -1,9 +1,9 @@
 """How many floating-point operations each stage asks for, counted from a model's sizes.
 
 Matrix products and attention only, a multiplication and an addition being two. Counted is the least that gives the
-picture: the caption branch once, the noise refiner once for captions of one padded length, and each pixel that the
-decoder enlarges once, not its copies. Work that an implementation does beyond that earns it nothing. Knows
-configurations, no weights and no clock.
+picture: the caption branch once, patches once a step, the noise refiner once for captions of one padded length, and
+each pixel that the decoder enlarges once, not its copies. Work that an implementation does beyond that earns it
+nothing. Knows configurations, no weights and no clock.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def denoising_flops(config: Any, image_tokens: int, captions: Sequence[int], ste
     caption_branch = sum(
         2 * length * config.cap_feat_dim * dim + refined * block_flops(config, length) for length in lengths
     )
-    entry = len(set(lengths)) * (2 * image_tokens * patch * dim + refined * block_flops(config, image))
+    entry = 2 * image_tokens * patch * dim + len(set(lengths)) * refined * block_flops(config, image)
     layers = sum(
         config.n_layers * block_flops(config, image + length) + 2 * image_tokens * dim * patch for length in lengths
     )

@@ -221,13 +221,18 @@ def _evaluations_counted(transformer: Any, theirs: Any, count: Callable[..., Non
         finally:
             hook.remove()
         return
-    denoise = transformer.denoise
+    denoise, together = transformer.denoise, transformer.denoise_together
 
     def counting(*inputs: Any) -> Any:
         count(None, inputs)
         return denoise(*inputs)
 
-    transformer.denoise = counting
+    def counting_each(latents: Tensor, captions: Sequence[Any], *inputs: Any) -> Any:
+        for _ in captions:
+            count(None, (latents,))
+        return together(latents, captions, *inputs)
+
+    transformer.denoise, transformer.denoise_together = counting, counting_each
     hook = None if theirs is None else theirs.register_forward_pre_hook(count)
     try:
         yield
@@ -235,7 +240,7 @@ def _evaluations_counted(transformer: Any, theirs: Any, count: Callable[..., Non
         if hook is not None:
             hook.remove()
         if uses_graphs(transformer):
-            transformer.denoise = denoise
+            transformer.denoise, transformer.denoise_together = denoise, together
 
 
 def as_tensor(result: Any) -> Tensor:

@@ -78,13 +78,14 @@ def plan(
         model,
         None,
     )
-    height, width, _, encodes = demands(asked)
+    height, width, _, encodes, guided = demands(asked)
     work = Work(
         height=height,
         width=width,
         tokens=_tokens(tokens),
         dtype=precision,
         from_image=image or encodes or controlnet is not None,
+        guided=guided,
     )
     found = make_plan(
         sizes,

@@ -23,8 +23,8 @@ FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 not fit, which changes nothing; and where nothing fits at all."""
 WITH_ACTIVATIONS = ("int8", "float8")
 """What weights must be stored as for activations to be rounded to it too: what devices have products of."""
-Picture = tuple[int, int, int] | tuple[int, int, int, bool]
-"""Height, width, tokens, and whether it is from an image: what `fit_picture` takes."""
+Picture = tuple[int, int, int] | tuple[int, int, int, bool] | tuple[int, int, int, bool, bool]
+"""Height, width, tokens, whether it is from an image and whether it is guided: what `fit_picture` takes."""
 ENCODINGS = ("resident", "streamed", "cpu")
 """Where a text encoder can be."""
 STEP_DOWN = 0.95
@@ -110,15 +110,21 @@ def follow(plan: Plan, sizes: ModelSizes, dtype: str) -> Plan:
 
 
 def fit_picture(
-    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, *, least_strips: int = 0
+    plan: Plan,
+    height: int,
+    width: int,
+    tokens: int,
+    from_image: bool = False,
+    guided: bool = True,
+    least_strips: int = 0,
 ) -> tuple[Plan, str]:
     """`plan` for one picture, and why it does not fit, "" if it does.
 
     What sits where stays, and as few of the autoencoder's levels as the picture needs, but `least_strips` of them, are
     in strips.
     """
-    work, reason = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image), ""
-    allowed = (0, *_levels(plan.sizes))
+    work = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image, guided=guided)
+    allowed, reason = (0, *_levels(plan.sizes)), ""
     for levels in allowed[min(least_strips, len(allowed) - 1) :]:
         placement = replace(plan.placement, strip_levels=levels)
         stages = predict(plan.sizes, work, plan.budget, placement)
@@ -129,10 +135,12 @@ def fit_picture(
     return plan, reason
 
 
-def require_fit(plan: Plan, height: int, width: int, tokens: int, from_image: bool = False) -> None:
+def require_fit(
+    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, guided: bool = True
+) -> None:
     """Raises `NotEnoughMemory` for a picture that does not fit in a budget that is an amount; of what is free by itself
     the most frugal decode is tried."""
-    _, reason = fit_picture(plan, height, width, tokens, from_image)
+    _, reason = fit_picture(plan, height, width, tokens, from_image, guided)
     if reason and plan.budget.name != "auto":
         amount = plan.budget.name or "the budget"
         raise NotEnoughMemory(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -58,9 +59,28 @@ def attend_in_float8(query: Rows, key: Rows, value: Tensor, *, backend: Any = No
     return attend(exact[0], exact[1], value, backend=backend)
 
 
+def apart(attend: Callable[..., Tensor], lengths: Sequence[int]) -> Callable[..., Tensor]:
+    """`attend` of several sequences that lie one after the other, of so many tokens each: each within itself."""
+    return partial(_attend_apart, attend, tuple(lengths))
+
+
+def _attend_apart(
+    attend: Callable[..., Tensor], lengths: tuple[int, ...], query: Rows, key: Rows, value: Tensor, **options: Any
+) -> Tensor:
+    parts = zip(*(_parts(rows, lengths) for rows in (query, key, value)), strict=True)
+    return torch.cat([attend(*part, **options) for part in parts], dim=1)
+
+
+def _parts(rows: Rows, lengths: tuple[int, ...]) -> list[Rows]:
+    if isinstance(rows, Tensor):
+        return list(rows.split(lengths, dim=1))
+    return [replace(rows, values=values) for values in rows.values.split(lengths, dim=1)]  # one scale for all
+
+
 def row_kind_of(attend: Callable[..., Tensor], value: Tensor) -> str | None:
     """What `attend` takes queries and keys in beside these values, "float8", or `None` for their own type."""
-    narrow = attend is attend_in_float8 and wanted(value) and run("attention.takes", value)
+    own = attend.args[0] if isinstance(attend, partial) and attend.func is _attend_apart else attend
+    narrow = own is attend_in_float8 and wanted(value) and run("attention.takes", value)
     return FLOAT8 if narrow else None
 
 

@@ -9,6 +9,7 @@ notice those that come later) or cannot be made. Knows no pipeline.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.overrides import _get_current_function_mode_stack
 
 from ..errors import RequestError, ZImageWarning
 from ..kernels.switch import used
+from .block import BlockModulation, run_block
 from .layers import is_bare
 from .precision import Float32Math
-from .transformer import BlockModulation, ZImageTransformer, run_block
+from .transformer import ZImageTransformer
 
 _PLACE = "_run_block"
 
@@ -40,11 +42,18 @@ class CompiledBlock:
                 raise RequestError(f"torch cannot compile here ({error}); leave pipe.compile() out") from error
 
     def __call__(
-        self, block: nn.Module, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        rotations: Tensor,
+        modulation: BlockModulation | None,
+        attend: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """`tokens` (B, N, dim) after `block`; without `modulation`, so for a caption, as it stands."""
-        settings = self._transformer.compute_dtype, self._transformer.attend
-        if modulation is None or used(tokens.device) or not computes_plainly() or not _is_plain(block):
+        """`tokens` (B, N, dim) after `block`; as it stands without `modulation`, so for a caption, and with an `attend`
+        of its own, so for several sequences."""
+        settings = self._transformer.compute_dtype, attend or self._transformer.attend
+        is_usual = modulation is not None and attend is None
+        if not is_usual or used(tokens.device) or not computes_plainly() or not _is_plain(block):
             return run_block(block, tokens, rotations, modulation, *settings)
         pairs = torch.view_as_real(rotations)  # a compiler would warn of complex numbers
         for tensor in (tokens, pairs):
@@ -87,6 +96,11 @@ def restore_blocks(transformer: ZImageTransformer) -> None:
 def is_compiled(transformer: ZImageTransformer) -> bool:
     """Whether modulated blocks are to be compiled when they are first used where no kernels compute them."""
     return isinstance(vars(transformer).get(_PLACE), CompiledBlock)
+
+
+def computes_compiled(transformer: ZImageTransformer) -> bool:
+    """Whether that is done: `is_compiled` holds, and no kernels compute the blocks in place of what is compiled."""
+    return is_compiled(transformer) and not used(transformer.x_pad_token.device)
 
 
 def computes_plainly() -> bool:

@@ -17,8 +17,9 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
 from torch import Tensor, nn
 
+from .block import BlockModulation
 from .precision import overflow_scale, residual_dtype
-from .transformer import PATCH, BlockModulation, Caption, Hint, ImageGrid, Modulation, ZImageTransformer
+from .transformer import PATCH, Caption, Hint, ImageGrid, Modulation, ZImageTransformer
 
 Beside = Callable[[Caption, ImageGrid], Hint]
 """Gives the hints for one run of the transformer's layers, beside a caption on its grid."""

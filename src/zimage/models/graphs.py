@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ KEPT, KEPT_BYTES = 32, 256 * 2**20
 """Recordings of a transformer, of one size two for each 32 tokens of caption, and what their inputs may take: the image
 tokens of 1024 x 1024 pixels take 30 MiB, once for all captions."""
 
-_PLACES = ("refine", "denoise")
+_PLACES = ("refine", "refine_together", "denoise", "denoise_together")
 _KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
 """Where modules are defined whose computation follows from their tensors; an adapter's may change by a number."""
 
@@ -190,6 +190,13 @@ class Graphs(Recordings):
         own_modulation = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
         return self._small("refine", grid.padded, latents, own_grid, own_modulation)
 
+    def refine_together(self, latents: Tensor, grids: Sequence[ImageGrid], modulation: Modulation) -> Tensor:
+        """The transformer's own `refine_together`, of which only what differs from `refine` is recorded."""
+        if len({grid.caption_length for grid in grids}) == 1:
+            return type(self._transformer).refine_together(self._transformer, latents, grids, modulation)
+        own = replace(modulation, blocks=modulation.blocks[: len(self._transformer.noise_refiner)])
+        return self._small("refine_together", sum(grid.padded for grid in grids), latents, tuple(grids), own)
+
     def denoise(
         self,
         latents: Tensor,
@@ -205,6 +212,20 @@ class Graphs(Recordings):
             own = type(self._transformer).denoise
             return own(self._transformer, latents, caption, grid, modulation, image, hint)
         return self._small("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
+
+    def denoise_together(
+        self,
+        latents: Tensor,
+        captions: Sequence[Caption],
+        grids: Sequence[ImageGrid],
+        modulation: Modulation,
+        refined: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The transformer's own `denoise_together`."""
+        images = self.refine_together(latents, grids, modulation) if refined is None else refined
+        tokens = sum(grid.padded + grid.caption_length for grid in grids)
+        given = latents, tuple(captions), tuple(grids), modulation, tuple(images)
+        return self._small("denoise_together", tokens, *given)
 
     def _small(self, name: str, tokens: int, *args: Any) -> Tensor:
         own: Callable[..., Tensor] = partial(getattr(type(self._transformer), name), self._transformer)

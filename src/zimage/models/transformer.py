@@ -2,8 +2,8 @@
 
 `ZImageTransformer` has diffusers' parameters, loading and `forward`, and adds the way zimage runs it: the caption is
 refined once per prompt (`encode_caption`), positions once per size (`grid`), modulations once per schedule
-(`modulations`), and `denoise` works on dense latents without masks or lists. Every submodule that holds weights is
-called as a module, so adapters and quantised layers take effect. Knows nothing of prompts, guidance or samplers.
+(`modulations`), and `denoise` works on dense latents without masks, `denoise_together` beside several captions at once.
+Knows nothing of prompts, guidance or samplers, nor how a block computes (`block`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from .attention import attend, row_kind_of
-from .layers import add_normalized, add_then_normalize, gate, normalize, rotate_normalized, row_kind
-from .precision import overflow_scale, residual_dtype
+from .attention import apart, attend
+from .block import BlockModulation, run_block
+from .precision import residual_dtype
 from .rope import axis_rotations
-from .rowwise import Rows
 
 PATCH = 2
 """Latent pixels per side of an image token."""
@@ -35,8 +34,6 @@ TOKEN_MULTIPLE = 32
 BLOCKS = ("noise_refiner", "context_refiner", "layers")
 """The lists of its blocks."""
 
-BlockModulation = tuple[Tensor, Tensor, Tensor, Tensor]
-"""attention scale, attention gate, feed-forward scale, feed-forward gate; each (B, 1, dim)."""
 Hint = Callable[[int], Tensor | None]
 """What is added to the tokens after a block, by its number in its list; each is asked for once, in order."""
 
@@ -130,10 +127,7 @@ class ZImageTransformer(ZImageTransformer2DModel):
             tokens = torch.where(is_pad[..., None].to(tokens.device), self.cap_pad_token.to(tokens.dtype), tokens)
         tokens = tokens.to(residual_dtype(self.compute_dtype))
         rotations = self._caption_rotations(padded, tokens.device)[None]
-        for block in self.context_refiner:
-            with self.hold(block):
-                tokens = self._run_block(block, tokens, rotations, None)
-        return Caption(tokens)
+        return Caption(*self._run(self.context_refiner, [tokens], [rotations], [None] * len(self.context_refiner)))
 
     def grid(self, latent_height: int, latent_width: int, caption_length: int) -> ImageGrid:
         """Positions of the tokens of a latent image (height and width in latent pixels) beside a caption."""
@@ -185,12 +179,16 @@ class ZImageTransformer(ZImageTransformer2DModel):
 
         Two captions of the same padded length share it bit for bit.
         """
-        tokens, rotations = self.embed(latents, grid), grid.rotations[:, : grid.padded]
-        for number, (block, block_modulation) in enumerate(zip(self.noise_refiner, modulation.blocks, strict=False)):
-            with self.hold(block):
-                tokens = self._run_block(block, tokens, rotations, block_modulation)
-            tokens = _hinted(tokens, hint, number)
-        return tokens
+        blocks = modulation.blocks[: len(self.noise_refiner)]
+        return self._run(self.noise_refiner, [self.embed(latents, grid)], [_of_image(grid)], blocks, hint)[0]
+
+    def refine_together(self, latents: Tensor, grids: Sequence[ImageGrid], modulation: Modulation) -> Tensor:
+        """What `refine` gives on each of `grids`, (grids, B, padded, dim), with each block called once for all."""
+        if len({grid.caption_length for grid in grids}) == 1:
+            return self.refine(latents, grids[0], modulation).expand(len(grids), -1, -1, -1)
+        blocks = modulation.blocks[: len(self.noise_refiner)]
+        embedded = [self.embed(latents, grids[0])] * len(grids)
+        return torch.stack(self._run(self.noise_refiner, embedded, [_of_image(grid) for grid in grids], blocks))
 
     def denoise(
         self,
@@ -207,18 +205,68 @@ class ZImageTransformer(ZImageTransformer2DModel):
         it is at hand already. The sign is the model's own: the Euler step takes it negated.
         """
         image = self.refine(latents, grid, modulation) if refined is None else refined
-        words = caption.tokens.expand(len(image), -1, -1)
-        tokens = torch.cat([image, words], dim=1)  # (B, padded + caption length, dim)
-        modulations = modulation.blocks[len(self.noise_refiner) :]
-        for number, (block, block_modulation) in enumerate(zip(self.layers, modulations, strict=True)):
+        return self._denoised([image], (caption,), (grid,), modulation, hint)[0]
+
+    def denoise_together(
+        self,
+        latents: Tensor,
+        captions: Sequence[Caption],
+        grids: Sequence[ImageGrid],
+        modulation: Modulation,
+        refined: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """What `denoise` gives beside each of `captions`, (captions, B, C, H, W), with each layer called once for all.
+
+        The tokens of all lie one after the other, and only attention tells them apart. Each of the `grids` was made for
+        the length of its caption, and each of `refined`, where they are at hand, on its grid.
+        """
+        images = [*(self.refine_together(latents, grids, modulation) if refined is None else refined)]
+        return torch.stack(self._denoised(images, captions, grids, modulation))
+
+    def _denoised(
+        self,
+        images: list[Tensor],
+        captions: Sequence[Caption],
+        grids: Sequence[ImageGrid],
+        modulation: Modulation,
+        hint: Hint | None = None,
+    ) -> list[Tensor]:
+        """The velocity beside each of `captions`, from refined image tokens, of which `images` is emptied."""
+        tokens = [
+            torch.cat([image, caption.tokens.expand(len(image), -1, -1)], dim=1)  # (B, padded + caption length, dim)
+            for image, caption in zip(images, captions, strict=True)
+        ]
+        images.clear()
+        blocks = modulation.blocks[len(self.noise_refiner) :]
+        done = self._run(self.layers, tokens, [grid.rotations for grid in grids], blocks, hint)
+        return [self._velocity(one, grid, modulation) for one, grid in zip(done, grids, strict=True)]
+
+    def _run(
+        self,
+        blocks: Iterable[Any],
+        tokens: list[Tensor],
+        rotations: Sequence[Tensor],
+        modulations: Iterable[BlockModulation | None],
+        hint: Hint | None = None,
+    ) -> list[Tensor]:
+        """Sequences `tokens`, each (B, N, dim), after `blocks`; the list is emptied, so that memory is free again."""
+        lengths = [one.shape[1] for one in tokens]
+        several = {"attend": apart(self.attend, lengths)} if len(tokens) > 1 else {}
+        joined, turns = (each[0] if len(each) == 1 else torch.cat([*each], dim=1) for each in (tokens, rotations))
+        tokens.clear()
+        for number, (block, modulation) in enumerate(zip(blocks, modulations, strict=True)):
             with self.hold(block):
-                tokens = self._run_block(block, tokens, grid.rotations, block_modulation)
-            tokens = _hinted(tokens, hint, number)
+                joined = self._run_block(block, joined, turns, modulation, **several)
+            joined = _hinted(joined, hint, number)
+        return list(joined.split(lengths, dim=1))
+
+    def _velocity(self, tokens: Tensor, grid: ImageGrid, modulation: Modulation) -> Tensor:
+        """Denoised tokens (B, N, dim), of which those of the image come first, to the flow's velocity (B, C, H, W)."""
         final = self.all_final_layer[_PATCH_KEY]
         patches = final.norm_final(tokens[:, : grid.tokens]) * modulation.final
         patches = final.linear(patches.to(self.compute_dtype))  # (B, tokens, PATCH * PATCH * C)
         patches = patches.unflatten(1, (grid.rows, grid.columns)).unflatten(3, (PATCH, PATCH, -1))
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _caption_rotations(self, length: int, device: torch.device) -> Tensor:
         positions = torch.arange(1, length + 1, device="cpu")
@@ -239,31 +287,15 @@ class ZImageTransformer(ZImageTransformer2DModel):
 
         return by_step
 
-    def _run_block(self, block: Any, tokens: Tensor, rotations: Tensor, modulation: BlockModulation | None) -> Tensor:
-        return run_block(block, tokens, rotations, modulation, self.compute_dtype, self.attend)
-
-
-def run_block(
-    block: Any,
-    tokens: Tensor,
-    rotations: Tensor,
-    modulation: BlockModulation | None,
-    compute_dtype: torch.dtype,
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    """`tokens` (B, N, dim) after `block`, of the residual stream's type; `rotations` (1, N, head_dim / 2), complex."""
-    scale = overflow_scale(compute_dtype)
-    attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = modulation or (None,) * 4
-    attention, feed_forward = block.attention, block.feed_forward
-    kind = row_kind(attention.to_q, attention.to_k, attention.to_v)
-    hidden = normalize(block.attention_norm1, tokens, attention_scale, kind)
-    update = _attention(attention, hidden, rotations, scale, attend)
-    kind = row_kind(feed_forward.w1, feed_forward.w3)
-    tokens, hidden = add_then_normalize(
-        tokens, block.attention_norm2, update, attention_gate, block.ffn_norm1, feed_forward_scale, kind
-    )
-    update = _feed_forward(feed_forward, hidden, scale)
-    return add_normalized(tokens, block.ffn_norm2, update, feed_forward_gate)
+    def _run_block(
+        self,
+        block: Any,
+        tokens: Tensor,
+        rotations: Tensor,
+        modulation: BlockModulation | None,
+        attend: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        return run_block(block, tokens, rotations, modulation, self.compute_dtype, attend or self.attend)
 
 
 def batch_captions(captions: Sequence[Caption]) -> Caption:
@@ -276,6 +308,11 @@ _PATCH_KEY = f"{PATCH}-1"
 
 def _padded(length: int) -> int:
     return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _of_image(grid: ImageGrid) -> Tensor:
+    """Rotations (1, padded, head_dim / 2) of the image's tokens alone."""
+    return grid.rotations[:, : grid.padded]
 
 
 def _hinted(tokens: Tensor, hint: Hint | None, number: int) -> Tensor:
@@ -293,27 +330,3 @@ def _block_modulations(rows: Tensor) -> tuple[BlockModulation, ...]:
     attention_scale, attention_gate, feed_forward_scale, feed_forward_gate = rows.unsqueeze(2).chunk(4, dim=3)
     parts = (1.0 + attention_scale, attention_gate.tanh(), 1.0 + feed_forward_scale, feed_forward_gate.tanh())
     return tuple(zip(*parts, strict=True))
-
-
-def _attention(attention: Any, hidden: Rows, rotations: Tensor, scale: float, attend: Callable[..., Tensor]) -> Tensor:
-    def heads(project: Any) -> Tensor:
-        return project(hidden).unflatten(-1, (attention.heads, -1))  # (B, N, heads, head_dim)
-
-    value = heads(attention.to_v)
-    kind = row_kind_of(attend, value)
-    query, key = rotate_normalized(
-        attention.norm_q, attention.norm_k, heads(attention.to_q), heads(attention.to_k), rotations, kind
-    )
-    mixed = attend(query, key, value, backend=attention.processor._attention_backend)
-    mixed = mixed.flatten(2, 3)  # (B, N, dim)
-    if scale != 1.0:
-        mixed = mixed * scale
-    for module in attention.to_out:
-        mixed = module(mixed)
-    return mixed if scale == 1.0 else mixed.float() / scale
-
-
-def _feed_forward(feed_forward: Any, hidden: Rows, scale: float) -> Tensor:
-    product = gate(feed_forward.w1, feed_forward.w3, hidden, scale, row_kind(feed_forward.w2))
-    update = feed_forward.w2(product)
-    return update if scale == 1.0 else update.float() / scale
