@@ -102,11 +102,14 @@ def test_velocity_with_guidance(base: ZImagePipeline, normalization: float) -> N
         torch.testing.assert_close(velocity, -(5 * positive - 4 * negative), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("most", [31, 32])
+@pytest.mark.parametrize(
+    ("limit", "most", "together_calls"),
+    [("TOGETHER", 31, []), ("TOGETHER", 32, [2]), ("TOGETHER_ON_CPU", 2047, []), ("TOGETHER_ON_CPU", 2048, [2])],
+)
 def test_a_large_picture_has_one_branch_after_the_other(
-    base: ZImagePipeline, most: int, monkeypatch: pytest.MonkeyPatch
+    base: ZImagePipeline, limit: str, most: int, together_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 image tokens are filled up to 32."""
+    """12 image tokens are filled up to 32, of 64 numbers each."""
     calls: list[int] = []
     together = ZImageTransformer.denoise_together
 
@@ -115,11 +118,11 @@ def test_a_large_picture_has_one_branch_after_the_other(
         return together(transformer, latents, captions, *rest)
 
     monkeypatch.setattr(ZImageTransformer, "denoise_together", counted)
-    monkeypatch.setattr(denoiser, "TOGETHER", most)
+    monkeypatch.setattr(denoiser, limit, most)
     request = resolve(base, guidance_scale=4.0)
     (time,) = model_timesteps(torch.tensor([0.5])).tolist()
     made = make_velocity(Preparation(base.transformer), request, GUIDED, sigmas=torch.tensor([0.5, 0.0]))(LATENTS, 0.5)
-    assert calls == ([2] if most == 32 else [])
+    assert calls == together_calls
     positive, negative = (predict(base.transformer, features, time) for features in (WORDS, OTHERS))
     torch.testing.assert_close(made, -guide(positive, negative, 4.0), rtol=1e-5, atol=1e-5)
 

@@ -137,8 +137,8 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
 
     The peak is the rotation of queries and keys: both in float32 before and after it, and in the compute type queries,
     keys, values, their concatenation, the result, the residual stream and what attention reads. Of a guided picture of
-    up to `TOGETHER` tokens that is for both branches; of a larger one the refined image is kept for the other branch.
-    With a ControlNet its own tokens wait meanwhile.
+    up to `TOGETHER` tokens that is for both branches, though a CPU may take one after the other; of a larger one the
+    refined image is kept for the other branch. With a ControlNet its own tokens wait meanwhile.
     """
     image = _filled((work.height // TOKEN_SIDE) * (work.width // TOKEN_SIDE))
     caption = _filled(work.tokens)
