@@ -195,7 +195,7 @@ def simulated(folder: str, budget: str) -> dict[str, Any]:
 def predicted(pipe: ZImagePipeline, side: int, tokens: int) -> dict[str, Any]:
     """What the plan says of a picture of this size, before it is drawn."""
     assert pipe.plan is not None
-    fitted, _ = fit_picture(pipe.plan, side, side, tokens)
+    fitted, _ = fit_picture(pipe.plan, side, side, tokens, together=0)
     return {"predicted": fitted.device_peak, "strip_levels": fitted.placement.strip_levels}
 
 

@@ -104,12 +104,12 @@ def test_velocity_with_guidance(base: ZImagePipeline, normalization: float) -> N
 
 @pytest.mark.parametrize(
     ("limit", "most", "together_calls"),
-    [("TOGETHER", 31, []), ("TOGETHER", 32, [2]), ("TOGETHER_ON_CPU", 2047, []), ("TOGETHER_ON_CPU", 2048, [2])],
+    [("TOGETHER", 159, []), ("TOGETHER", 160, [2]), ("TOGETHER_ON_CPU", 2047, []), ("TOGETHER_ON_CPU", 2048, [2])],
 )
 def test_a_large_picture_has_one_branch_after_the_other(
     base: ZImagePipeline, limit: str, most: int, together_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 image tokens are filled up to 32, of 64 numbers each."""
+    """12 image tokens are filled up to 32, of 64 numbers each; captions have 32 and 64."""
     calls: list[int] = []
     together = ZImageTransformer.denoise_together
 

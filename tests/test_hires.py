@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from zimage import GenerationRequest, Hires, RequestError, ZImagePipeline, starting
+from zimage.files.images import read_image
 from zimage.files.recipe import Recipe
 from zimage.hires import STRENGTHS, demands, passes, resolve_hires
 from zimage.models.autoencoder import to_image
@@ -99,9 +100,22 @@ def test_steps_of_both_passes_are_counted() -> None:
 
 def test_a_plan_is_for_the_larger_size() -> None:
     assert demands(asked(None))[:2] == (64, 96)
-    assert demands(asked(2)) == (128, 192, asked(2).max_sequence_length, True, False)
+    assert demands(asked(2)) == (128, 192, asked(2).max_sequence_length, True, 0)
     assert demands(asked(Hires(upscale="latents")))[3] is False
-    assert [demands(GenerationRequest("", guidance_scale=scale).resolve(BASE))[4] for scale in (0, 4)] == [False, True]
+
+
+def test_a_plan_knows_how_many_tokens_both_branches_of_any_pass_have_together() -> None:
+    def tokens(side: int, **options: Any) -> int:
+        request = GenerationRequest("", height=side, width=side, max_sequence_length=100, **options)
+        return demands(request.resolve(BASE))[4]
+
+    assert tokens(512, guidance_scale=0) == 0
+    assert tokens(512, guidance_scale=4) == 2 * (1024 + 128)
+    assert tokens(704, guidance_scale=4) == 4096  # with shorter prompts; with these it has one after the other
+    assert tokens(720, guidance_scale=4) == tokens(1024, guidance_scale=4) == 0
+    assert tokens(640, guidance_scale=4, hires=1.25) == 2 * (1600 + 128)
+    edges = read_image(Image.new("RGB", (512, 512)), "control_image")
+    assert tokens(512, guidance_scale=4, control_image=edges) == 0
 
 
 def test_the_second_pass_is_image_to_image(turbo: ZImagePipeline) -> None:

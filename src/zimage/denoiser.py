@@ -6,7 +6,7 @@ sampler's steps and sees to it that each is finite. Knows nothing of prompts' te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -30,8 +30,9 @@ from .sampling.schedule import model_timesteps, shifted_sigmas
 
 TOGETHER_ON_CPU = 2**20
 """Numbers in the image tokens of a picture, tokens times width, up to which a CPU computes both branches of guidance
-together, if the tokens are no more than `TOGETHER`. Two cores with AMX took 6 to 19 % less time for 0.02 million, about
-as much for 0.8 and 1, 256 x 256 pixels at the released widths, and 3 to 5 % more for 2.2 and 3.9 (docs/parity.md)."""
+together, if they have no more than `TOGETHER` tokens. Two cores with AMX took 6 to 19 % less time for 0.02 million,
+about as much for 0.8 and 1, 256 x 256 pixels at the released widths, and 3 to 5 % more for 2.2 and 3.9 million
+(docs/parity.md)."""
 KEPT = 8
 """Captions, sizes and schedules that a call holds at a time; a schedule of 50 steps is 50 MB at the released width."""
 
@@ -145,6 +146,8 @@ def make_velocity(
     if control is not None:
         times = [level.time for level in levels.values()]
         steering = Steering(transformer, control, times, preparation.grid(control.context, positive))
+    # Compiled blocks take one sequence at a time; where compiling fails, the picture goes on as it began.
+    apart = control is not None or computes_compiled(transformer)
 
     def refine(latents: Tensor, grid: ImageGrid, level: NoiseLevel) -> tuple[Tensor, Beside | None]:
         refined = transformer.refine(latents, grid, level.modulation)
@@ -163,8 +166,8 @@ def make_velocity(
         if negative is None or not is_guided(level.time, request.guidance_scale, request.cfg_truncation):
             return -predict(caption, grid, *refine(latents, grid, level)).float()
         other_grid = preparation.grid(latents, negative)
-        if steering is None and _is_small(transformer, grid):
-            captions, grids = (caption, negative), (grid, other_grid)
+        captions, grids = (caption, negative), (grid, other_grid)
+        if not apart and _are_few(transformer, grids):
             prediction, other = transformer.denoise_together(latents, captions, grids, level.modulation)
         else:
             image = refine(latents, grid, level)
@@ -176,12 +179,12 @@ def make_velocity(
     return velocity
 
 
-def _is_small(transformer: ZImageTransformer, grid: ImageGrid) -> bool:
-    """Whether both branches of guidance are computed together, which takes twice the memory: then there is a product
-    for both, a launch for both, and weights are read or moved once. Compiled blocks take one sequence at a time."""
-    if transformer.x_pad_token.is_cpu and grid.padded * transformer.config.dim > TOGETHER_ON_CPU:
+def _are_few(transformer: ZImageTransformer, grids: Sequence[ImageGrid]) -> bool:
+    """Whether branches of guidance on these grids are computed together: then there is a product for both, a launch for
+    both, and weights are read or moved once."""
+    if transformer.x_pad_token.is_cpu and grids[0].padded * transformer.config.dim > TOGETHER_ON_CPU:
         return False
-    return grid.padded <= TOGETHER and not computes_compiled(transformer)
+    return sum(grid.padded + grid.caption_length for grid in grids) <= TOGETHER
 
 
 def schedule(request: ResolvedRequest) -> Tensor:

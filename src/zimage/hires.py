@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .editing import skipped_steps
 from .errors import RequestError
+from .memory.sizes import together
 from .rules import Limits, check_area, number, shown
 
 if TYPE_CHECKING:
@@ -99,13 +100,15 @@ def passes(request: ResolvedRequest) -> tuple[ResolvedRequest, ...]:
     return first, again
 
 
-def demands(request: ResolvedRequest) -> tuple[int, int, int, bool, bool]:
-    """What a plan needs to know of a picture: height, width, tokens, whether pixels are encoded, and whether it is
-    guided."""
-    last = passes(request)[-1]
+def demands(request: ResolvedRequest) -> tuple[int, int, int, bool, int]:
+    """What a plan needs to know of a picture: height, width, tokens, whether pixels are encoded, and how many tokens
+    both branches of guidance have together in one of its passes."""
+    each, tokens = passes(request), request.max_sequence_length
     encodes = request.image is not None or request.control_image is not None
     encodes = encodes or (request.hires is not None and request.hires.upscale == "pixels")
-    return last.height, last.width, request.max_sequence_length, encodes, request.guidance_scale > 0
+    is_together = request.guidance_scale > 0 and request.control_image is None
+    both = max(together(one.height, one.width, tokens) for one in each) if is_together else 0
+    return each[-1].height, each[-1].width, tokens, encodes, both
 
 
 def _read(asked: Any) -> Hires:

@@ -18,7 +18,6 @@ from .checkpoint.load import Components
 from .checkpoint.sizes import sizes_of_models
 from .errors import NotEnoughMemory, RequestError
 from .hires import demands
-from .kernels.switch import used
 from .memory.budget import find_budget, peak_memory
 from .memory.ladder import Attempt, is_out_of_memory, release, with_less
 from .memory.plan import Plan
@@ -27,7 +26,7 @@ from .memory.residency import Residency
 from .memory.sizes import STORED_BYTES
 from .models import attention
 from .models.autoencoder import Autoencoder
-from .models.compiled import compile_blocks, is_compiled, restore_blocks
+from .models.compiled import compile_blocks, computes_compiled, is_compiled, restore_blocks
 from .models.graphs import drop_graphs, forget_graphs, use_graphs
 from .models.quantized import packed_as
 from .models.text_encoder import TextEncoder
@@ -166,7 +165,7 @@ class Placed:
     def compiled(self) -> bool:
         """Whether the transformer's block is compiled, or will be: `compile` was called, compiling did not fail, and no
         kernels of the library compute it."""
-        return is_compiled(self.transformer) and not used(self.device)
+        return computes_compiled(self.transformer)
 
     def compile(self, cuda_graphs: bool = False) -> Self:
         """Let torch compile the transformer's block when it is first used: once, for all blocks, sizes and prompts.
@@ -256,7 +255,7 @@ class Placed:
         plan = self._planned()
         lowered = lower(self._fitted(plan, request), stage, has_files=self._residency.read is not None)
         kept, work = replace(plan, placement=lowered.placement, budget=lowered.budget), plan.work
-        kept, _ = fit_picture(kept, work.height, work.width, work.tokens)
+        kept, _ = fit_picture(kept, work.height, work.width, work.tokens, together=work.together)
         height, width, *_ = demands(request)
         sentence = f"{stage} ran out of memory at {width}x{height} ({reason}); since then: "
         self._move(replace(kept, stepped_down=(*plan.stepped_down, f"{sentence}{lowered.placement}")), self.device)

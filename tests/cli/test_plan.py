@@ -93,7 +93,7 @@ def test_a_controlnet_for_the_released_models_is_known_by_its_header(
     code, out, _ = run(capsys, *options, "--controlnet", tmp_path / "net.safetensors", "--json")
     assert code == 0
     sizes = replace(RELEASED, adapters=2 * count, control_blocks=17)
-    plan = make_plan(sizes, Work(from_image=True, guided=False), Budget.of_card(16 * 10**9, 32 * 10**9, "16GB"))
+    plan = make_plan(sizes, Work(from_image=True, together=0), Budget.of_card(16 * 10**9, 32 * 10**9, "16GB"))
     controlnet = {"bytes": 2 * count, "blocks": 17}
     assert 6 * 10**9 < 2 * count < 7 * 10**9
     assert json.loads(out) == {"model": "turbo", "controlnet": controlnet, **json.loads(json.dumps(plan.to_dict()))}
@@ -107,7 +107,7 @@ def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--memory", "8GB", "--host-memory", "10GB", "--tokens", 100, "--dtype", "float16", "--json")
     code, out, _ = run(capsys, "--model", "base", *options)
     budget = Budget.of_card(8 * 10**9, int(10e9), "8GB")
-    plan = make_plan(RELEASED, Work(tokens=100, dtype="float16"), budget)
+    plan = make_plan(RELEASED, Work(tokens=100, dtype="float16", together=0), budget)
     assert code == 0
     assert json.loads(out) == {"model": "base", **json.loads(json.dumps(plan.to_dict()))}
 

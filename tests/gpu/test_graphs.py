@@ -35,6 +35,9 @@ def test_pictures_have_the_same_bits(folder: Path, dtype: str) -> None:
     use_graphs(pipe.transformer)
     for one, wanted in zip(work * 2, expected * 2, strict=True):
         assert torch.equal(latents(pipe, *one), wanted)
+    names = {key[0] for key in vars(pipe.transformer)["refine"].__self__._kept}
+    assert names >= {"refine_together", "denoise_together"}
+    assert "denoise" not in names  # which is for pictures of one branch
 
 
 def test_compiled_blocks_are_recorded_too(folder: Path) -> None:

@@ -23,9 +23,11 @@ from zimage.memory.sizes import (
     denoise_activations,
     encode_activations,
     text_activations,
+    together,
     widened_weight,
 )
 from zimage.models import rowwise, strips
+from zimage.models.attention import apart
 from zimage.models.autoencoder import Autoencoder
 from zimage.models.control import Control, Steering, build
 from zimage.models.layers import row_kind
@@ -108,14 +110,18 @@ def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
         latents = torch.empty(1, 16, work.height // 8, work.width // 8, device="meta")
         grid = model.grid(*latents.shape[2:], tokens)
         levels = model.modulations(torch.empty(50, device="meta"))
-        if grid.padded <= TOGETHER:
+        if 2 * (grid.padded + tokens) <= TOGETHER:
             guide(*model.denoise_together(latents, captions, [grid, grid], levels[0]), 4.0)
             return
         refined = model.refine(latents, grid, levels[0])
         for caption in captions:
             model.denoise(latents, caption, grid, levels[0], refined).float()
 
-    assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(peak(step), rel=0.1)
+    seen = peak(step)
+    # Together in float16 less than is planned, which rounded activations need (see below).
+    assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(
+        seen, rel=0.15 if work.dtype == "float16" else 0.1
+    )
 
 
 @pytest.mark.parametrize(("size", "work"), [WORKS[2], *WORKS[4:]])
@@ -132,13 +138,12 @@ def test_a_step_without_guidance(blanks: Blanks, size: str, work: Work) -> None:
         model.denoise(latents, caption, model.grid(*latents.shape[2:], tokens), levels[0]).float()
 
     seen = peak(step)
-    assert seen <= denoise_activations(sizes_of_blanks(blanks(size)), replace(work, guided=False)) <= 1.15 * seen
+    assert seen <= denoise_activations(sizes_of_blanks(blanks(size)), replace(work, together=0)) <= 1.15 * seen
 
 
 @pytest.mark.parametrize(("size", "work", "version"), [(*WORKS[4], "2.1"), (*WORKS[5], "1.0"), (*WORKS[6], "2.0")])
-def test_a_guided_step_with_a_controlnet(
-    blanks: Blanks, size: str, work: Work, version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guided_step_with_a_controlnet(blanks: Blanks, size: str, work: Work, version: str) -> None:
+    work = replace(work, together=0)
     model, config = blanks(size)["transformer"].module, controlnet_config(SIZES[size], version)
     config["control_layers_places"] = [0, 4]
     net = build({name: value for name, value in config.items() if not name.startswith("_")})
@@ -163,8 +168,22 @@ def test_a_guided_step_with_a_controlnet(
     sizes = replace(sizes_of_blanks(blanks(size)), control_blocks=blocks)
     seen = peak(step)
     assert denoise_activations(sizes, work) == pytest.approx(seen, rel=0.1)
-    monkeypatch.setattr("zimage.memory.sizes.TOGETHER", 0)
     assert denoise_activations(replace(sizes, control_blocks=0), work) < 0.9 * seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [32, 96, 512, 1024, 1504])
+def test_no_picture_of_both_branches_together_needs_more_than_a_larger_one(dtype: str, tokens: int) -> None:
+    """Nor does one with a ControlNet at hand that does not steer it."""
+    native = denoise_activations(RELEASED, Work(tokens=tokens, dtype=dtype))
+    counted = []
+    for side in range(64, 1024, 16):
+        work = Work(height=side, width=side, tokens=tokens, dtype=dtype)
+        assert denoise_activations(RELEASED, work) <= native
+        assert denoise_activations(replace(RELEASED, control_blocks=17), work) >= denoise_activations(RELEASED, work)
+        counted.append(together(side, side, tokens))
+    assert {0, 4096} < set(counted) or tokens == 32
+    assert max(counted) <= TOGETHER
 
 
 @pytest.mark.parametrize("strip_levels", [0, 1, 2])
@@ -179,7 +198,7 @@ def test_a_decode(blanks: Blanks, size: str, work: Work, strip_levels: int) -> N
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("by_device", [False, True], ids=["widened", "the device's product"])
-@pytest.mark.parametrize(("size", "work"), WORKS[1:4])
+@pytest.mark.parametrize(("size", "work"), [*WORKS[1:4], ("real", replace(WORKS[2][1], height=640, width=640))])
 def test_rounded_activations_are_within_what_a_step_is_planned_for(
     blanks: Blanks, monkeypatch: pytest.MonkeyPatch, size: str, work: Work, kind: str, by_device: bool
 ) -> None:
@@ -189,13 +208,18 @@ def test_rounded_activations_are_within_what_a_step_is_planned_for(
     cast(model, dtype=DTYPES[work.dtype])
     quantize(model, kind, "layers", activations=True)
     tokens = (work.height // 16) * (work.width // 16) + -(-work.tokens // 32) * 32
-    stream = torch.empty(1, tokens, model.config.dim, device="meta", dtype=residual_dtype(DTYPES[work.dtype]))
+    is_both = 2 * tokens <= TOGETHER
+    stream = torch.empty(
+        1, 2 * tokens if is_both else tokens, model.config.dim, device="meta", dtype=residual_dtype(DTYPES[work.dtype])
+    )
     grid = model.grid(work.height // 8, work.width // 8, -(-work.tokens // 32) * 32)
     (level,) = model.modulations(torch.empty(1, device="meta"))
     block = model.layers[0]
     assert row_kind(block.feed_forward.w2) == kind
 
-    seen = peak(lambda: model._run_block(block, stream, grid.rotations, level.blocks[-1]))
+    turns = torch.cat([grid.rotations] * 2, dim=1) if is_both else grid.rotations
+    own = {"attend": apart(model.attend, [tokens, tokens])} if is_both else {}
+    seen = peak(lambda: model._run_block(block, stream, turns, level.blocks[-1], **own))
     sizes = sizes_of_blanks(blanks(size))
     assert seen <= denoise_activations(sizes, work) + widened_weight(sizes, work)[1]
 

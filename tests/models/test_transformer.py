@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
 from zimage import ZImagePipeline
+from zimage.models.precision import cast
 from zimage.models.transformer import Caption, Modulation, ZImageTransformer, batch_captions
 
 ROWS, COLUMNS = 10, 14
@@ -208,6 +209,19 @@ def test_captions_beside_each_other_are_what_each_is_alone(
     again = transformer.denoise_together(latents, captions, grids, modulation, refined)
     assert difference(again, together) <= 1e-6
     assert all(one.shape == (batch, 64, 64) for one in refined)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_captions_beside_each_other_in_half_precision(own: ZImageTransformer, dtype: torch.dtype, most: float) -> None:
+    cast(own, dtype=dtype)
+    latents = noise(1, 16, ROWS, COLUMNS)
+    (modulation,) = own.modulations(torch.tensor([0.3]))
+    captions = [own.encode_caption(noise(length, 64, seed=length)) for length in (20, 40)]
+    grids = [own.grid(ROWS, COLUMNS, caption.length) for caption in captions]
+    together = own.denoise_together(latents, captions, grids, modulation)
+    assert together.dtype == dtype
+    for one, caption, grid in zip(together, captions, grids, strict=True):
+        assert difference(one, own.denoise(latents, caption, grid, modulation)) <= most
 
 
 @pytest.mark.parametrize("lengths", [(20, 31), (20, 40)], ids=str)

@@ -312,7 +312,7 @@ def _image_tokens(bench: Bench) -> int:
 
 
 def _tokens(bench: Bench) -> int:
-    """Tokens of an evaluation, as its linear layers see them."""
+    """Tokens of one evaluation."""
     return flops.padded(_image_tokens(bench)) + flops.padded(len(bench.features[0]))
 
 

@@ -74,18 +74,25 @@ def plan(
     sizes = _sizes(model, controlnet, precision, transformer=transformer, text_encoder=text_encoder, vae=vae)
     sides = read_size(size or str(sizes.native_side), None, None)
     asked = check_request(
-        GenerationRequest("", any_size=True, hires=read_hires(hires), height=sides["height"], width=sides["width"]),
+        GenerationRequest(
+            "",
+            any_size=True,
+            hires=read_hires(hires),
+            height=sides["height"],
+            width=sides["width"],
+            max_sequence_length=_tokens(tokens),
+        ),
         model,
         None,
     )
-    height, width, _, encodes, guided = demands(asked)
+    height, width, length, encodes, together = demands(asked)
     work = Work(
         height=height,
         width=width,
-        tokens=_tokens(tokens),
+        tokens=length,
         dtype=precision,
         from_image=image or encodes or controlnet is not None,
-        guided=guided,
+        together=together,
     )
     found = make_plan(
         sizes,

@@ -23,8 +23,8 @@ FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 not fit, which changes nothing; and where nothing fits at all."""
 WITH_ACTIVATIONS = ("int8", "float8")
 """What weights must be stored as for activations to be rounded to it too: what devices have products of."""
-Picture = tuple[int, int, int] | tuple[int, int, int, bool] | tuple[int, int, int, bool, bool]
-"""Height, width, tokens, whether it is from an image and whether it is guided: what `fit_picture` takes."""
+Picture = tuple[int, int, int] | tuple[int, int, int, bool] | tuple[int, int, int, bool, int | None]
+"""Height, width, tokens, whether it is from an image, and tokens of both branches: what `fit_picture` takes."""
 ENCODINGS = ("resident", "streamed", "cpu")
 """Where a text encoder can be."""
 STEP_DOWN = 0.95
@@ -115,7 +115,7 @@ def fit_picture(
     width: int,
     tokens: int,
     from_image: bool = False,
-    guided: bool = True,
+    together: int | None = None,
     least_strips: int = 0,
 ) -> tuple[Plan, str]:
     """`plan` for one picture, and why it does not fit, "" if it does.
@@ -123,7 +123,7 @@ def fit_picture(
     What sits where stays, and as few of the autoencoder's levels as the picture needs, but `least_strips` of them, are
     in strips.
     """
-    work = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image, guided=guided)
+    work = replace(plan.work, height=height, width=width, tokens=tokens, from_image=from_image, together=together)
     allowed, reason = (0, *_levels(plan.sizes)), ""
     for levels in allowed[min(least_strips, len(allowed) - 1) :]:
         placement = replace(plan.placement, strip_levels=levels)
@@ -136,11 +136,11 @@ def fit_picture(
 
 
 def require_fit(
-    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, guided: bool = True
+    plan: Plan, height: int, width: int, tokens: int, from_image: bool = False, together: int | None = None
 ) -> None:
     """Raises `NotEnoughMemory` for a picture that does not fit in a budget that is an amount; of what is free by itself
     the most frugal decode is tried."""
-    _, reason = fit_picture(plan, height, width, tokens, from_image, guided)
+    _, reason = fit_picture(plan, height, width, tokens, from_image, together)
     if reason and plan.budget.name != "auto":
         amount = plan.budget.name or "the budget"
         raise NotEnoughMemory(

@@ -28,9 +28,9 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Kinds of 8-bit floats that safetensors files store weights as, by their names."""
 
 TOKEN_MULTIPLE = 32
-TOGETHER = 2048
-"""Image tokens up to which both branches of guidance are computed together, so that they need no more memory than one
-branch of 1024 x 1024 pixels; with a ControlNet, one after the other."""
+TOGETHER = 4096
+"""Tokens of image and caption, of both branches of guidance, up to which these are computed together: as many as the
+image of 1024 x 1024 pixels has, so that they need no more memory than one branch does there."""
 TOKEN_SIDE = 16
 """Pixels per side of an image token: 8 of the autoencoder times a patch of 2."""
 LATENT_SIDE = 8
@@ -112,15 +112,15 @@ RELEASED = ModelSizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a plan is for: pixels of the picture, tokens of its prompt, precision, whether it is from an image, and
-    whether it is guided, as it may be where nothing is known of it."""
+    """What a plan is for: pixels of the picture, tokens of its prompt, precision, whether it is from an image, and how
+    many tokens both branches of guidance have together at most, as `together` has it where nothing is known of it."""
 
     height: int = 1024
     width: int = 1024
     tokens: int = 512
     dtype: str = "bfloat16"
     from_image: bool = False
-    guided: bool = True
+    together: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -136,24 +136,33 @@ def denoise_activations(sizes: ModelSizes, work: Work) -> int:
     """Bytes beside the weights in a denoising step, and what is kept for all steps of a schedule.
 
     The peak is the rotation of queries and keys: both in float32 before and after it, and in the compute type queries,
-    keys, values, their concatenation, the result, the residual stream and what attention reads. Of a guided picture of
-    up to `TOGETHER` tokens that is for both branches, though a CPU may take one after the other; of a larger one the
-    refined image is kept for the other branch. With a ControlNet its own tokens wait meanwhile.
+    keys, values, their concatenation, the result, the residual stream and what attention reads; the refined image is
+    kept for the other branch of guidance. With a ControlNet its own tokens wait meanwhile. Where both branches are
+    computed together, which a picture that a ControlNet steers does not, it is all tokens of both.
     """
     image = _filled((work.height // TOKEN_SIDE) * (work.width // TOKEN_SIDE))
     caption = _filled(work.tokens)
+    both = together(work.height, work.width, work.tokens) if work.together is None else work.together
     narrow = work.dtype != "float32"
     wide = 16 if narrow else 8  # queries and keys in float32, before and after; before it is a copy only if narrow
     stream = 4 if work.dtype == "float16" else work.itemsize
-    branches = 2 if work.guided and image <= TOGETHER and not sizes.control_blocks else 1
-    per_channel = wide + (8 if narrow else 6) * work.itemsize + (3 - branches) * stream
+    per_channel = wide + (8 if narrow else 6) * work.itemsize + 2 * stream
     kept = (SCHEDULE_STEPS * 4 * (len(sizes.blocks) + 1) + caption) * sizes.dim * work.itemsize
     latents = 8 * 16 * 4 * (work.height // LATENT_SIDE) * (work.width // LATENT_SIDE)
     beside = 0
     if sizes.control_blocks:  # its image, that after its refiner, what its layers begin with, and two streams
         beside = (5 * image + 2 * caption) * sizes.dim * stream
-        beside += SCHEDULE_STEPS * 4 * sizes.control_blocks * sizes.dim * work.itemsize
-    return branches * (image + caption) * sizes.dim * per_channel + kept + latents + beside
+        kept += SCHEDULE_STEPS * 4 * sizes.control_blocks * sizes.dim * work.itemsize
+    step = max((image + caption) * sizes.dim * per_channel + beside, both * sizes.dim * per_channel)
+    return step + kept + latents
+
+
+def together(height: int, width: int, tokens: int) -> int:
+    """The most tokens that both branches of guidance of a picture have together, with prompts of up to so many tokens;
+    0 if they always are more than `TOGETHER`, and so computed one after the other."""
+    image = _filled((height // TOKEN_SIDE) * (width // TOKEN_SIDE))
+    least = 2 * (image + TOKEN_MULTIPLE)
+    return 0 if least > TOGETHER else min(TOGETHER, 2 * (image + _filled(tokens)))
 
 
 def widened_weight(sizes: ModelSizes, work: Work) -> tuple[int, int]:

@@ -60,7 +60,8 @@ def attend_in_float8(query: Rows, key: Rows, value: Tensor, *, backend: Any = No
 
 
 def apart(attend: Callable[..., Tensor], lengths: Sequence[int]) -> Callable[..., Tensor]:
-    """`attend` of several sequences that lie one after the other, of so many tokens each: each within itself."""
+    """`attend` of several sequences that lie one after the other, of so many tokens each: each within itself. In float8
+    of one batch, whose parts lie dense."""
     return partial(_attend_apart, attend, tuple(lengths))
 
 

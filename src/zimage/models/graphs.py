@@ -1,9 +1,9 @@
 """Small forwards as CUDA graphs: launched as one, where launching takes longer than computing.
 
-The transformer's `refine` and `denoise`, and what else `Recordings` are made for, are recorded when they first see a
-size, and replayed with other numbers in the same places. What was recorded reads weights where they were, so all that a
-replay depends on is looked at before each one; whatever does not fit a recording is computed as it stands. Knows no
-pipeline.
+The transformer's `refine` and `denoise`, also of branches together, and what else `Recordings` are made for, are
+recorded when they first see a size, and replayed with other numbers in the same places. What was recorded reads weights
+where they were, so all that a replay depends on is looked at before each one; whatever does not fit a recording is
+computed as it stands. Knows no pipeline.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MOST_TOKENS = 5120
 """Image and caption tokens of all pictures of a forward that is recorded: 1024 x 1024 pixels and a caption of up to
 1024. An H200 computes that as fast in float8 as a slow host launches it (docs/speed.md)."""
 KEPT, KEPT_BYTES = 32, 256 * 2**20
-"""Recordings of a transformer, of one size two for each 32 tokens of caption, and what their inputs may take: the image
-tokens of 1024 x 1024 pixels take 30 MiB, once for all captions."""
+"""Recordings of a transformer, and what their inputs may take: the image tokens of 1024 x 1024 pixels take 30 MiB, once
+for all captions. A size has one, and one for each 32 tokens of caption; of branches together one or two a pair."""
 
 _PLACES = ("refine", "refine_together", "denoise", "denoise_together")
 _KNOWN = ("torch.nn.", "diffusers.models.", "transformers.", f"{__package__}.")
