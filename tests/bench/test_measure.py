@@ -238,7 +238,7 @@ def test_a_report_holds_together() -> None:
             assert timing.product_share == pytest.approx(timing.tflops / report.limits["product_tflops"])
             assert timing.peak_bytes is None
     lengths = {padded(tokens) for tokens in report.picture["caption_tokens"]}
-    assert report.attention == {  # zimage runs one branch at a time, diffusers both at once
+    assert report.attention == {  # of one branch at a time in zimage, of both at once in diffusers
         "zimage": {"_scaled_dot_product_flash_attention_for_cpu": 2 * 2 + 2 * len(lengths) + 2 * 2},
         "diffusers": {"_scaled_dot_product_flash_attention_for_cpu": 2 + 2 + 2},
     }
