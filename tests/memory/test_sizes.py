@@ -118,10 +118,11 @@ def test_a_guided_step(blanks: Blanks, size: str, work: Work) -> None:
             model.denoise(latents, caption, grid, levels[0], refined).float()
 
     seen = peak(step)
-    # Together in float16 less than is planned, which rounded activations need (see below).
-    assert denoise_activations(sizes_of_blanks(blanks(size)), work) == pytest.approx(
-        seen, rel=0.15 if work.dtype == "float16" else 0.1
-    )
+    planned = denoise_activations(sizes_of_blanks(blanks(size)), work)
+    if work.dtype == "float16" and size == "small":  # together they need less than rounded activations do (see below)
+        assert seen <= planned <= 1.15 * seen
+    else:
+        assert planned == pytest.approx(seen, rel=0.1)
 
 
 @pytest.mark.parametrize(("size", "work"), [WORKS[2], *WORKS[4:]])
@@ -182,8 +183,8 @@ def test_no_picture_of_both_branches_together_needs_more_than_a_larger_one(dtype
         assert denoise_activations(RELEASED, work) <= native
         assert denoise_activations(replace(RELEASED, control_blocks=17), work) >= denoise_activations(RELEASED, work)
         counted.append(together(side, side, tokens))
-    assert {0, 4096} < set(counted) or tokens == 32
-    assert max(counted) <= TOGETHER
+    assert min(counted) == 0
+    assert 0.9 * TOGETHER < max(counted) <= TOGETHER
 
 
 @pytest.mark.parametrize("strip_levels", [0, 1, 2])

@@ -214,15 +214,10 @@ class Graphs(Recordings):
         return self._small("denoise", grid.padded + caption.length, latents, caption, grid, modulation, image)
 
     def denoise_together(
-        self,
-        latents: Tensor,
-        captions: Sequence[Caption],
-        grids: Sequence[ImageGrid],
-        modulation: Modulation,
-        refined: Sequence[Tensor] | None = None,
+        self, latents: Tensor, captions: Sequence[Caption], grids: Sequence[ImageGrid], modulation: Modulation
     ) -> Tensor:
         """The transformer's own `denoise_together`."""
-        images = self.refine_together(latents, grids, modulation) if refined is None else refined
+        images = self.refine_together(latents, grids, modulation)
         tokens = sum(grid.padded + grid.caption_length for grid in grids)
         given = latents, tuple(captions), tuple(grids), modulation, tuple(images)
         return self._small("denoise_together", tokens, *given)
