@@ -101,13 +101,13 @@ def test_steps_of_both_passes_are_counted() -> None:
 def test_a_plan_is_for_the_larger_size() -> None:
     assert demands(asked(None))[:2] == (64, 96)
     assert demands(asked(2)) == (128, 192, asked(2).max_sequence_length, True, 0)
-    assert demands(asked(Hires(upscale="latents")))[3] is False
+    assert demands(asked(Hires(upscale="latents"))).from_image is False
 
 
 def test_a_plan_knows_how_many_tokens_both_branches_of_any_pass_have_together() -> None:
     def tokens(side: int, **options: Any) -> int:
         request = GenerationRequest("", height=side, width=side, max_sequence_length=100, **options)
-        return demands(request.resolve(BASE))[4]
+        return demands(request.resolve(BASE)).together
 
     assert tokens(512, guidance_scale=0) == 0
     assert tokens(512, guidance_scale=4) == 2 * (1024 + 128)

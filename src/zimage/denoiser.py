@@ -137,11 +137,7 @@ def make_velocity(
     levels = preparation.noise_levels(schedule(request) if sigmas is None else sigmas)
     positive = preparation.caption(conditioning.positive)
     negative = None if conditioning.negative is None else preparation.caption(conditioning.negative)
-    first: dict[float, Caption] = {}
-    if request.diversity:
-        features = moved(conditioning.positive, request.seed, request.diversity)
-        first = dict.fromkeys(list(levels)[: moved_steps(request.steps)], preparation.caption(features))
-
+    first = _moved_captions(preparation, request, conditioning.positive, list(levels))
     steering = None
     if control is not None:
         times = [level.time for level in levels.values()]
@@ -177,6 +173,16 @@ def make_velocity(
         return -guide(prediction, other, request.guidance_scale, request.cfg_normalization)
 
     return velocity
+
+
+def _moved_captions(
+    preparation: Preparation, request: ResolvedRequest, features: Tensor, sigmas: Sequence[float]
+) -> dict[float, Caption]:
+    """With diversity, the caption in place of that of `features` at the first of the `sigmas`."""
+    if not request.diversity:
+        return {}
+    caption = preparation.caption(moved(features, request.seed, request.diversity))
+    return dict.fromkeys(sigmas[: moved_steps(request.steps)], caption)
 
 
 def _are_few(transformer: ZImageTransformer, grids: Sequence[ImageGrid]) -> bool:

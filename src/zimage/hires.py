@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .editing import skipped_steps
 from .errors import RequestError
-from .memory.sizes import together
+from .memory.sizes import Demands, together
 from .rules import Limits, check_area, number, shown
 
 if TYPE_CHECKING:
@@ -100,15 +100,14 @@ def passes(request: ResolvedRequest) -> tuple[ResolvedRequest, ...]:
     return first, again
 
 
-def demands(request: ResolvedRequest) -> tuple[int, int, int, bool, int]:
-    """What a plan needs to know of a picture: height, width, tokens, whether pixels are encoded, and how many tokens
-    both branches of guidance have together in one of its passes."""
+def demands(request: ResolvedRequest) -> Demands:
+    """What a plan needs to know of a picture, and of those that it passes through."""
     each, tokens = passes(request), request.max_sequence_length
     encodes = request.image is not None or request.control_image is not None
     encodes = encodes or (request.hires is not None and request.hires.upscale == "pixels")
     is_together = request.guidance_scale > 0 and request.control_image is None
     both = max(together(one.height, one.width, tokens) for one in each) if is_together else 0
-    return each[-1].height, each[-1].width, tokens, encodes, both
+    return Demands(each[-1].height, each[-1].width, tokens, encodes, both)
 
 
 def _read(asked: Any) -> Hires:

@@ -286,7 +286,7 @@ class ZImagePipeline(Recorded):
             return Start(call.leg.latents)
         shape, net = self._latent_shape(request), None if chosen.controlnet is None else chosen.controlnet.net
         make = partial(begin, request, shape, self.device, self.autoencoder, self.limits, net, larger=larger)
-        attempt = self._attempt("image" if demands(planned)[3] else "prompt", planned, call.let_go)
+        attempt = self._attempt("image" if demands(planned).from_image else "prompt", planned, call.let_go)
         return attempt(lambda: make(strip_levels=self._strip_levels(planned)))
 
     def _enlarge(self, request: ResolvedRequest, latents: Tensor, call: Call) -> Tensor:

@@ -22,7 +22,7 @@ from zimage.training.world import CANVASES, SHAPES, Claims, ObjectClaim
 STEPS, EIGHT = 16, 8
 pytestmark = pytest.mark.no_cover  # every line is counted in other tests; here that takes a third of the time
 COUNT = 32
-SEEDS = 24
+SEEDS = 40
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..errors import NotEnoughMemory, RequestError
 from .peaks import layers_of, predict, stage_needs
 from .plan import Budget, Placement, Plan, Rejected, Stage, gib
-from .sizes import STORED_BYTES, ModelSizes, Work
+from .sizes import STORED_BYTES, Demands, ModelSizes, Work
 
 SLOTS = 2
 """Places on the device that streamed layers pass through: one computes while the other is filled."""
@@ -23,8 +23,6 @@ FULL, EXACT, FALLBACK = "full", "bfloat16", "int8"
 not fit, which changes nothing; and where nothing fits at all."""
 WITH_ACTIVATIONS = ("int8", "float8")
 """What weights must be stored as for activations to be rounded to it too: what devices have products of."""
-Picture = tuple[int, int, int] | tuple[int, int, int, bool] | tuple[int, int, int, bool, int | None]
-"""Height, width, tokens, whether it is from an image, and tokens of both branches: what `fit_picture` takes."""
 ENCODINGS = ("resident", "streamed", "cpu")
 """Where a text encoder can be."""
 STEP_DOWN = 0.95
@@ -148,7 +146,7 @@ def require_fit(
         )
 
 
-def fits_beside(plan: Plan, stage: str, picture: Picture, current: Picture) -> bool:
+def fits_beside(plan: Plan, stage: str, picture: Demands, current: Demands) -> bool:
     """Whether `stage` ("prompt", "decoding") of one picture fits beside the prompt and the steps of the `current` one.
 
     A text encoder that passes through the device never does: its layers and the blocks would take each other's places.

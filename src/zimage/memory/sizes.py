@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number in each precision that a pipeline runs in."""
@@ -110,10 +111,20 @@ RELEASED = ModelSizes(
 """Both released models: the text encoder without its last layer, which nobody reads."""
 
 
+class Demands(NamedTuple):
+    """What a plan needs to know of a picture: pixels, tokens of its prompt, whether pixels are encoded, and how many
+    tokens both branches of guidance have together at most, as `together` has it where nothing is known of it."""
+
+    height: int
+    width: int
+    tokens: int
+    from_image: bool = False
+    together: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a plan is for: pixels of the picture, tokens of its prompt, precision, whether it is from an image, and how
-    many tokens both branches of guidance have together at most, as `together` has it where nothing is known of it."""
+    """What a plan is for: the `Demands` of a picture, by default of one of the released models' size, and precision."""
 
     height: int = 1024
     width: int = 1024
