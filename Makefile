@@ -1,19 +1,22 @@
 # Every target sets up what it needs by itself: a virtual environment in .venv with the versions of constraints.txt.
-# An installed torch that should be kept (a CUDA build) is used with: make VENV_FLAGS=--system-site-packages test
+# An installed torch that should be kept (a CUDA build), with its Triton, is used with: make VENV_FLAGS=--system-site-packages gpu
+# `make --keep-going gpu` measures also where a test fails.
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
+KEPT := $(if $(findstring system-site-packages,$(VENV_FLAGS)),torch|triton)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zimage-installed
 
-.PHONY: setup demo test check bench gpu clean
+.PHONY: setup demo test check bench gpu gpu-tests gpu-benchmarks clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	grep -vE "^($(KEPT))==" constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -32,8 +35,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/against_diffusers.py
 	$(BIN)/python benchmarks/cold_start.py
 
-gpu: $(STAMP)
+gpu: gpu-tests gpu-benchmarks
+
+gpu-tests: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+gpu-benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results
 	$(BIN)/python benchmarks/memory.py --output benchmarks/results
 	$(BIN)/python benchmarks/throughput.py --model small --device cuda --size 1024 --save --output benchmarks/results

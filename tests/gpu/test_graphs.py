@@ -149,10 +149,11 @@ def test_prompts_without_kernels_are_left_to_the_model(folder: Path) -> None:
     with using("off"):
         pipe = ZImagePipeline.from_pretrained(folder, device="cuda")
         expected = latents(pipe)
-        pipe.compile(cuda_graphs=True).text_encoder.forget()
+        use_graphs(pipe.transformer)  # `compile` would have torch compile the blocks, where no kernels are
+        pipe.text_encoder.use_graphs()
         for _ in range(2):
-            assert torch.equal(latents(pipe), expected)
             pipe.text_encoder.forget()
+            assert torch.equal(latents(pipe), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second card")

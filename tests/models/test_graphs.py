@@ -6,6 +6,7 @@ with, and keeps the result in one place: as a graph does it, so that what is not
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -293,8 +294,18 @@ def test_moving_weights_lets_go_of_recordings(turbo_folder: Path) -> None:
     latents(pipe)
     assert recording.records == 4
     pipe.enable_model_cpu_offload()
-    pipe.transformer.__dict__.pop("hold", None)
     assert not vars(pipe.transformer)["refine"].__self__._kept
+
+
+def test_steps_are_recorded_though_prompts_pass_through_the_device(turbo_folder: Path) -> None:
+    """Of the two models only one has layers that come and go."""
+    pipe, recording = recorded(turbo_folder)
+    pipe.enable_model_cpu_offload()
+    assert pipe._residency.streams
+    assert ("hold" in vars(pipe.text_encoder.model), "hold" in vars(pipe.transformer)) == (True, False)
+    for _ in range(2):
+        assert torch.equal(latents(pipe), latents(load(turbo_folder)))
+    assert (recording.records, recording.replays) == (2, 2 * 2 * CALL["num_inference_steps"])
 
 
 def test_converting_lets_go_of_recordings_at_once(turbo_folder: Path) -> None:
@@ -610,10 +621,28 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(card: Card) -> None:
     recorder, card.broken = CUDARecorder(), True
     with pytest.raises(RuntimeError, match="not permitted"):
         recorder(card.computed)
-    assert card.stream is None
+    assert (card.stream, gc.isenabled()) == (None, True)
     card.broken = False
     recorder(card.computed)
     assert card.stream is None
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_unreachable_graph_is_freed_while_another_is_recorded(card: Card, collects: bool) -> None:
+    """As one that a cycle holds would be, by whatever allocates; the collector is then as it was."""
+    seen: list[tuple[bool, bool]] = []
+
+    def computed() -> Tensor:
+        seen.append((card.stream is not None, gc.isenabled()))
+        return torch.ones(2)
+
+    gc.enable() if collects else gc.disable()
+    try:
+        CUDARecorder()(computed)
+        assert seen == [(False, collects), (True, False)]
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
 
 
 def test_it_is_recorded_on_the_device_where_the_model_is(turbo_folder: Path, card: Card) -> None:

@@ -91,9 +91,8 @@ class Residency:
         """Take the wiring off and let go of the models; what passed through stays where it waits, and whoever shares
         such a model and computes with it then is told so."""
         self._unwire()
-        for model in self._models.values():
-            if any(module in self._layers for module in model.modules()):
-                model.hold = _gone
+        for model in self._passing():
+            model.hold = _gone
         for module in self._layers:  # of a text encoder; a transformer's are held, not called
             module.register_forward_pre_hook(_gone)
         self._layers, self._models, self.read = {}, {}, None
@@ -137,14 +136,17 @@ class Residency:
             if id(tensor) not in moved:
                 yield tensor
 
+    def _passing(self) -> list[Any]:
+        """The models of which layers pass through."""
+        return [model for model in self._models.values() if any(one in self._layers for one in model.modules())]
+
     def _wire(self) -> None:
         for layer in self._models["text_encoder"].layers if "text_encoder" in self._models else ():
             if layer in self._layers:
                 self._hooks.append(layer.register_forward_pre_hook(self._enter))
                 self._hooks.append(layer.register_forward_hook(self._leave, always_call=True))
-        if self._layers:
-            for model in self._models.values():
-                model.hold = self._hold
+        for model in self._passing():
+            model.hold = self._hold
 
     def _unwire(self) -> None:
         for hook in self._hooks:

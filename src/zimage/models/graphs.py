@@ -8,9 +8,11 @@ computed as it stands. Knows no pipeline.
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -75,10 +77,22 @@ class CUDARecorder:
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local")
         # Other threads may allocate meanwhile, and not record. A recording that fails stays on its stream by itself.
-        with _capturing, torch.cuda.stream(lane.stream), recording:
+        with _capturing, _uncollected(), torch.cuda.stream(lane.stream), recording:
             result = compute()
         lane.graphs.add(graph)
         return graph.replay, result
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it no unreachable cycle is freed: it may hold a graph, and to free one spoils another that is recorded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Recordings:
