@@ -2,9 +2,9 @@
 
 A case is a measurement of `zimage.bench`: both sides in turn, equal work and results or an error. Weights are made once
 (20 GB on the card). Diffusers' blocks stay compiled once they are, so what compiles comes last, whatever order is asked
-for. `--output` keeps the result of each case as soon as it is there, so that a run that is cut short loses nothing. In
-`recipe` a picture of the base model's whole recipe is drawn by diffusers, by zimage and by zimage with
-`cache="balanced"`, in turn.
+for. `--output` keeps the result of each case as soon as it is there, so that a run that is cut short loses nothing, and
+only of ten rounds or more. In `recipe` a picture of the base model's whole recipe is drawn by diffusers, by zimage and
+by zimage with `cache="balanced"`, in turn, from prompts that are new in each round.
 
     python benchmarks/card.py [--cases 1024,512,256] [--rounds 10] [--device cuda] [--output benchmarks/results]
 """
@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from diffusers import ZImagePipeline as Diffusers
 
 from zimage import ZImagePipeline
 from zimage.bench.machine import describe
-from zimage.bench.measure import run
+from zimage.bench.measure import prepare, run, take_turns
 from zimage.bench.report import save, text, write
-from zimage.bench.settings import Settings
+from zimage.bench.settings import KEPT_ROUNDS, Settings
+from zimage.bench.sides import Side, ZImage
 from zimage.caching import CACHES
 from zimage.testing import build_diffusers
 from zimage.testing.configs import DIFFUSERS_VERSION, scheduler_config
@@ -72,25 +74,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join([*CASES, RECIPE]), help="each with :rounds where it has its own")
     parser.add_argument("--size", default="real")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--recipe-rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=KEPT_ROUNDS)
     parser.add_argument("--recipe-side", type=int, default=1024)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help=f"folder to keep results in, of {KEPT_ROUNDS} rounds or more")
     arguments = parser.parse_args()
-    names = sorted(arguments.cases.split(","), key=compiles)
-    unknown = {name.partition(":")[0] for name in names} - {*CASES, RECIPE}
+    pairs = [one.partition(":") for one in arguments.cases.split(",")]
+    cases = sorted(((name, int(own or arguments.rounds)) for name, _, own in pairs), key=lambda case: compiles(case[0]))
+    unknown = {name for name, _ in cases} - {*CASES, RECIPE}
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join([*CASES, RECIPE])}")
+    few = [name for name, rounds in cases if rounds < KEPT_ROUNDS]
+    if arguments.output and few:
+        parser.error(f"a result that is kept needs {KEPT_ROUNDS} rounds or more; of {', '.join(few)} drop --output")
     warnings.filterwarnings("ignore", module=r"(?!zimage)")
     began = time.perf_counter()
     built = build_diffusers(size=arguments.size, device=arguments.device)
     print(f"weights after {time.perf_counter() - began:.0f} s", flush=True)
     failed = []
-    for name in names:
+    for name, rounds in cases:
         began = time.perf_counter()
         try:
-            print(f"\n== {name}\n{measure(name, built, arguments)}", flush=True)
+            print(f"\n== {name}\n{measure(name, rounds, built, arguments)}", flush=True)
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -101,18 +106,16 @@ def main() -> None:
 
 def compiles(name: str) -> bool:
     """Whether a case leaves diffusers' blocks compiled."""
-    return CASES.get(name.partition(":")[0], {}).get("compile", False)
+    return CASES.get(name, {}).get("compile", False)
 
 
-def measure(name: str, built: Any, arguments: argparse.Namespace) -> str:
+def measure(name: str, rounds: int, built: Any, arguments: argparse.Namespace) -> str:
     """A case, kept if that is asked for, as text."""
-    name, _, own = name.partition(":")
     if name == RECIPE:
-        result = recipe(of_variant(built, "base"), arguments.recipe_rounds, arguments.recipe_side)
+        result = recipe(of_variant(built, "base"), arguments.size, rounds, arguments.recipe_side)
         if arguments.output:
             write(result, arguments.output, f"recipe-{arguments.size}-{time.strftime('%Y-%m-%d')}")
         return "\n".join(f"{key}: {value}" for key, value in result.items())
-    rounds = int(own or arguments.rounds)
     settings = Settings(size=arguments.size, device=arguments.device, rounds=rounds, **CASES[name])
     other = settings.dtype != "auto"
     report = run(settings, built=None if other else of_variant(built, settings.variant or "turbo"))
@@ -128,46 +131,35 @@ def of_variant(pipe: Any, variant: Any) -> Any:
     return Diffusers(**parts)
 
 
-def recipe(theirs: Any, rounds: int, side: int) -> dict[str, Any]:
-    """Seconds of a picture at the base model's recipe, after a picture of few steps that warms up."""
+def recipe(theirs: Any, size: str, rounds: int, side: int) -> dict[str, Any]:
+    """Seconds of a picture at the base model's recipe; both exact sides are held to the same work and results, and all
+    read their prompts themselves."""
     theirs.set_progress_bar_config(disable=True)
     pipe = ZImagePipeline.from_diffusers(theirs, variant="base")
-    options: dict[str, Any] = {"negative_prompt": "blurry"}
-    guidance, steps = pipe.variant.guidance_scale, pipe.variant.num_inference_steps
+    steps = pipe.variant.num_inference_steps
+    settings = Settings(size=size, variant="base", height=side, width=side, steps=steps, rounds=rounds)
+    bench = prepare(settings, pipe, theirs)
+    bench = replace(bench, sides={**bench.sides, "balanced": ZImage(pipe, bench.request, {"cache": CACHES[0]})})
 
-    def draw(**more: Any) -> Callable[[int], Any]:
-        return lambda count: pipe(
-            "a red fox in the snow",
-            height=side,
-            width=side,
-            num_inference_steps=count,
-            seed=1,
-            progress=False,
-            **options,
-            **more,
-        )
+    def draw(number: int) -> Callable[[Side], Any]:
+        texts = bench.texts(number)
 
-    sides: dict[str, Callable[[int], Any]] = {
-        "diffusers": lambda count: theirs(
-            "a red fox in the snow", height=side, width=side, num_inference_steps=count, guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(1), **options,
-        ),
-        "zimage": draw(),
-        "balanced": draw(cache=CACHES[0]),
-    }  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds + 1):
-        for name, act in sides.items():
-            began = time.perf_counter()
-            act(steps if index else 6)  # each ends with a picture on the host
-            if index:
-                times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
+        def act(side: Side) -> Any:
+            pipe.text_encoder.forget()
+            return side.draw(texts, number)
+
+        return act
+
+    runs, cosine = take_turns(bench, "end-to-end", draw)
+    medians = {name: statistics.median(run.times) for name, run in runs.items()}
     return {
         "steps": steps,
-        "guidance_scale": guidance,
+        "guidance_scale": bench.request.guidance_scale,
         "side": side,
-        "times_s": times,
+        "rounds": rounds,
+        "times_s": {name: run.times for name, run in runs.items()},
+        "work": {name: run.work[0] for name, run in runs.items()},
+        "cosine": cosine,
         "ratio": medians["diffusers"] / medians["zimage"],
         "balanced_ratio": medians["diffusers"] / medians["balanced"],
         "machine": describe(pipe.device),

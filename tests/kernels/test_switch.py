@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def loaded_again() -> ModuleType:
     return module
 
 
-def test_by_default_only_what_is_on_cuda_is_for_kernels() -> None:
+def test_by_default_only_what_is_on_cuda_is_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wanted(HIDDEN)
     with using("on"):
         assert wanted(HIDDEN)
@@ -65,6 +65,10 @@ def test_by_default_only_what_is_on_cuda_is_for_kernels() -> None:
             assert not wanted(HIDDEN)
         assert wanted(HIDDEN)
     assert not wanted(HIDDEN)
+    on_card: Any = SimpleNamespace(is_cuda=True)
+    assert wanted(on_card)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not wanted(on_card)
 
 
 def test_a_thread_decides_for_itself() -> None:

@@ -7,9 +7,9 @@ of the released size fits once. Knows nothing of time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,10 +53,11 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class ZImage:
-    """zimage's side."""
+    """zimage's side; `options` are more of its pipeline's, such as a cache."""
 
     pipe: ZImagePipeline
     request: ResolvedRequest
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, texts: Sequence[str]) -> Features:
         encoder, length = self.pipe.text_encoder, self.request.max_sequence_length
@@ -75,8 +76,8 @@ class ZImage:
     def _call(self, *, steps: int, **options: Any) -> Any:
         guidance = self.request.guidance_scale
         return self.pipe(
-            **_size(self.request), **options, num_inference_steps=steps, guidance_scale=guidance, any_size=True,
-            progress=False, return_dict=False,
+            **_size(self.request), **self.options, **options, num_inference_steps=steps, guidance_scale=guidance,
+            any_size=True, progress=False, return_dict=False,
         )  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def _median(work: Callable[[], Tensor], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.current_stream(device).synchronize()  # another thread may be recording on the card
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
