@@ -78,6 +78,30 @@ def test_a_case_of_a_card_is_kept_with_enough_rounds(
     assert names == ["base", "turbo"]
 
 
+def test_ways_to_do_without_an_evaluation_are_compared_with_the_librarys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the first is the library's, written out again, and its price the one that recipes tell."""
+    caching = load("caching", monkeypatch)
+    monkeypatch.setattr(caching, "SENTENCES", ("a fox",))
+    monkeypatch.setattr(caching, "RANDOM", {**caching.GUIDED, "height": 64, "width": 64, "any_size": True})
+    for name, options in (("ways", ["--methods"]), ("settings", [])):
+        run(caching, monkeypatch, "--models", "tiny", "--dtype", "float32", *options, "--output", tmp_path / name)
+    ways, settings = (
+        {row["setting"]: row for row in json.loads(next((tmp_path / name).iterdir()).read_text())["tiny"]}
+        for name in ("ways", "settings")
+    )
+    assert list(ways) == ["every step", *caching.METHODS]
+    own, balanced = ways["the line through two results"], settings["cache=balanced"]
+    assert own["distance"] == balanced["distance"] > 0
+    assert own["evaluations"] == balanced["evaluations"]
+    assert ways["every step"]["evaluations"] == 100
+    assert len({row["distance"] for row in ways.values()}) == len(ways)
+    costs = {name: row["evaluations"] for name, row in ways.items()}
+    assert costs["guidance on the line"] == 50 + own["evaluations"] / 2
+    assert own["evaluations"] < costs["the first block"] < 100
+
+
 def test_an_unknown_case_and_one_that_fails_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,10 +38,10 @@ SKIPPED = ("adaLN_modulation",)
 WIDE_BLOCKS = (("context_refiner", slice(None)), ("noise_refiner", slice(None)), ("layers", slice(-1, None)))
 """Blocks whose layers never round their input, by list and place in it. Captions are refined once for a picture, so
 there is nothing to win. Of what rounded inputs add to the error of an evaluation (in squares), the last block alone
-brings about half in the demo models, which have five, and the noise refiner more than half on random weights; of the
-released models' work these are an eleventh. Of kinds of layers w2 brings most, in int8 half as well, but it is a fifth
-of the work, and with these blocks left out less remains than without w2 (docs/memory.md). Others who round Z-Image's
-blocks to int8 round all kinds (vllm-omni#1470, xDiT#729)."""
+brings about half in the demo models, which have five, and in a run that was not kept the noise refiner more than half
+on random weights; of the released models' work these are an eleventh. Of kinds of layers w2 brings most, in int8 half
+as well, but it is a fifth of the work, and with these blocks left out less remains than without w2 (docs/memory.md).
+Others who round Z-Image's blocks to int8 round all kinds (vllm-omni#1470, xDiT#729)."""
 
 STORED = {**NARROW, "nf4": torch.uint8}
 """What the weights of each kind are stored as; of nf4 two to a byte."""
