@@ -86,7 +86,9 @@ def main() -> None:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join([*CASES, RECIPE])}")
     few = [name for name, rounds in cases if rounds < KEPT_ROUNDS]
     if arguments.output and few:
-        parser.error(f"a result that is kept needs {KEPT_ROUNDS} rounds or more; of {', '.join(few)} drop --output")
+        parser.error(
+            f"a result that is kept needs {KEPT_ROUNDS} rounds or more; ask for them in {', '.join(few)}, or drop --output"
+        )
     warnings.filterwarnings("ignore", module=r"(?!zimage)")
     began = time.perf_counter()
     built = build_diffusers(size=arguments.size, device=arguments.device)

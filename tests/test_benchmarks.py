@@ -1,4 +1,4 @@
-"""The scripts of `benchmarks/`: each can be loaded, and that for a card runs at a small size.
+"""The scripts of `benchmarks/`: each can be loaded, and those for a card and of predicted steps run at a small size.
 
 What they measure is no matter of tests; that both sides did the same work is the scripts' own to check, and that they
 do is checked here.
