@@ -86,9 +86,8 @@ def main() -> None:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join([*CASES, RECIPE])}")
     few = [name for name, rounds in cases if rounds < KEPT_ROUNDS]
     if arguments.output and few:
-        parser.error(
-            f"a result that is kept needs {KEPT_ROUNDS} rounds or more; ask for them in {', '.join(few)}, or drop --output"
-        )
+        names = ", ".join(few)
+        parser.error(f"a result that is kept needs {KEPT_ROUNDS} rounds or more; give {names} so many, or drop --output")
     warnings.filterwarnings("ignore", module=r"(?!zimage)")
     began = time.perf_counter()
     built = build_diffusers(size=arguments.size, device=arguments.device)
