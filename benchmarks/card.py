@@ -87,7 +87,7 @@ def main() -> None:
     few = [name for name, rounds in cases if rounds < KEPT_ROUNDS]
     if arguments.output and few:
         names = ", ".join(few)
-        parser.error(f"a result that is kept needs {KEPT_ROUNDS} rounds or more; {names} has fewer")
+        parser.error(f"--output needs {KEPT_ROUNDS} rounds or more of {names}; take so many, or leave it out")
     warnings.filterwarnings("ignore", module=r"(?!zimage)")
     began = time.perf_counter()
     built = build_diffusers(size=arguments.size, device=arguments.device)
